@@ -1,0 +1,143 @@
+"""What the command lines share: flags, checked values, one-line errors and exit statuses."""
+
+import argparse
+import difflib
+import math
+import platform
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+class UserError(Exception):
+    """Wrong usage or input, in one line: what was given, what was expected, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that takes flags with underscores or hyphens and errs in one line."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(
+            **kwargs, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise UserError(f"unknown argument {unknown[0]}: {hint}")
+        return parsed
+
+    def error(self, message: str) -> None:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _with_underscores(arg: str) -> str:
+    """`--batch-size=64` -> `--batch_size=64`; values are left as they are."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def integer(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value < 2**63:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} given, expected a whole number of at least {minimum}"
+            )
+        return value
+
+    return parse
+
+
+def number(minimum: float, maximum: float = math.inf, *, above: bool = False) -> Callable:
+    """An argparse type: a finite number from `minimum` (or `above` it) to below `maximum`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (minimum < value if above else minimum <= value) or not value < maximum:
+            expected = f"{'above' if above else 'of at least'} {minimum:g}"
+            expected += f" and below {maximum:g}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} given, expected a number {expected}")
+        return value
+
+    return parse
+
+
+def add_data_dir(group: argparse._ArgumentGroup) -> None:
+    """The flag `--data_dir`."""
+    group.add_argument("--data_dir", default="./mnist", help="folder with MNIST, or to fetch it to")
+
+
+def add_device(group: argparse._ArgumentGroup) -> None:
+    """The flag `--device`; `choose_device` reads it."""
+    group.add_argument(
+        "--device", default="auto", help="auto (CUDA, else CPU), cpu, cuda or cuda:N"
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names. Raises UserError if it is none or not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and index) or not (index or "0").isdecimal():
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} finds no CUDA GPU here; "
+            "use --device cpu, or check the driver"
+        )
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, from cuda:0")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "fp32" or "bf16": what `--precision` names; for "auto" bf16 if `device` computes in it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # without one of these instruction sets, bf16 on a CPU is emulated and slower than fp32
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words, for printed and written results."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> None:
+    """Print a result on a test set, in the lines of training's end."""
+    print(f"Test Loss: {loss:.4f}\nTest Acc: {top1:.2f} %\nTest Top-5: {top5:.2f} %  ({dataset})")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main` and end the process: 0, 2 after a `UserError`, 130 after Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,382 @@
+"""Brings the data set in, as batches, and the metrics out.
+
+MNIST is small: it is read once, kept in memory as bytes on the device that trains, and cut into
+whole batches there. No image passes through Python on its own.
+"""
+
+import gzip
+import hashlib
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from augment import RandomAffine
+from cli import UserError
+from files import write_text
+
+# Yann LeCun's four files: the MD5 of each as published (.gz) and the shape of what is in it.
+MNIST_FILES = {
+    "train-images-idx3-ubyte": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", (60000, 28, 28)),
+    "train-labels-idx1-ubyte": ("d53e105ee54ea40749a09fcbcd1e9432", (60000,)),
+    "t10k-images-idx3-ubyte": ("9fb629c4189551a2d022fa330f9573f3", (10000, 28, 28)),
+    "t10k-labels-idx1-ubyte": ("ec29112dd5afa0611ce80d1b7f02629c", (10000,)),
+}
+SPLIT_SEED = 42  # the split is part of the task, not of the run: `--seed` leaves it alone
+DIGITS = tuple("0123456789")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with their classes: uint8 (n, 1, 28, 28) and int64 (n,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: slice | Tensor) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory; `mean` and `std` are of its training pixels scaled to [0, 1]."""
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: float
+    std: float
+    train: Split
+    val: Split
+    test: Split
+
+
+class DataMissingError(UserError):
+    """The data set is neither on this machine nor to be fetched."""
+
+
+# ------------------------------------------------------------------------------------- data sets
+
+
+def load_dataset(name: str, data_dir: str | Path = "./mnist") -> Dataset:
+    """Load a data set by name: "mnist" or "digits".
+
+    Raises:
+        DataMissingError: MNIST is not in `data_dir` and can't be downloaded.
+        UserError: a file of it is damaged.
+    """
+    return load_mnist(data_dir) if name == "mnist" else load_digits()
+
+
+def load_mnist(data_dir: str | Path = "./mnist") -> Dataset:
+    """MNIST from `<data_dir>/MNIST/raw`, fetched with torchvision if not there: 54,000 / 6,000 /
+    10,000 images for training, validation and test.
+
+    Raises:
+        DataMissingError, UserError: as `load_dataset`.
+    """
+    raw = Path(data_dir) / "MNIST" / "raw"
+    missing = [n for n in MNIST_FILES if not any(p.exists() for p in _variants(raw, n))]
+    if missing:
+        _download_mnist(Path(data_dir), missing)
+    train_images, train_labels, test_images, test_labels = (_read_idx(raw, n) for n in MNIST_FILES)
+    train, val = _divide(_to_split(train_images, train_labels), 54_000, 6_000)
+    test = _to_split(test_images, test_labels)
+    return Dataset("mnist", DIGITS, 0.1307, 0.3081, train, val, test)
+
+
+def load_digits() -> Dataset:
+    """The 1,797 handwritten 8x8 digits that scikit-learn carries, in MNIST's form: enlarged to
+    20x20 in the middle of 28x28. 1,437 / 180 / 180 images; no network is needed.
+
+    Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
+    """
+    from sklearn.datasets import load_digits as load_sklearn_digits
+
+    images, labels = load_sklearn_digits(return_X_y=True)
+    pixels = torch.from_numpy(images).float().view(-1, 1, 8, 8) * (255 / 16)  # 16 grey levels
+    pixels = nn.functional.interpolate(pixels, size=20, mode="bicubic", align_corners=False)
+    pixels = nn.functional.pad(pixels, (4, 4, 4, 4)).round().clamp(0, 255).byte()
+    whole = Split(pixels, torch.from_numpy(labels).long())
+    train, val, test = _divide(whole, 1437, 180, 180)
+    return Dataset("digits", DIGITS, 0.1593, 0.2986, train, val, test)
+
+
+def _variants(raw: Path, name: str) -> tuple[Path, Path]:
+    return raw / name, raw / f"{name}.gz"
+
+
+def _download_mnist(data_dir: Path, missing: list[str]) -> None:
+    from torchvision.datasets import MNIST
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none: a silent mirror would hang for ever
+    try:
+        MNIST(data_dir, download=True)
+    except Exception as error:  # whatever a mirror, a proxy or the disk comes up with
+        where = data_dir / "MNIST" / "raw"
+        needed = ", ".join(f"{name}.gz (MD5 {md5})" for name, (md5, _) in MNIST_FILES.items())
+        raise DataMissingError(
+            f"MNIST is not in {where} ({', '.join(missing)} missing) and cannot be downloaded "
+            f"({str(error).strip() or type(error).__name__}); put there the four files {needed}"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _read_idx(raw: Path, name: str) -> np.ndarray:
+    """Read an IDX file, packed or not, whose shape is known. Raises UserError if it is damaged."""
+    md5, shape = MNIST_FILES[name]
+    plain, packed = _variants(raw, name)
+    header = struct.pack(f">{1 + len(shape)}i", 0x800 + len(shape), *shape)
+    advice = "delete it to have it downloaded again, or put a good copy there"
+    try:
+        if plain.exists():
+            path, size = plain, len(header) + prod(shape)
+            if plain.stat().st_size != size:
+                raise UserError(
+                    f"{plain} is damaged: {plain.stat().st_size} bytes, expected {size}; {advice}"
+                )
+            content = plain.read_bytes()
+        else:
+            path, content = packed, packed.read_bytes()
+            if (found := hashlib.md5(content).hexdigest()) != md5:
+                raise UserError(
+                    f"{packed} is damaged: {len(content)} bytes with MD5 {found}, "
+                    f"expected MD5 {md5}; {advice}"
+                )
+            content = gzip.decompress(content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not content.startswith(header):
+        raise UserError(f"{path} is damaged: it does not begin as an IDX file of {shape}; {advice}")
+    return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape).copy()
+
+
+def _to_split(images: np.ndarray, labels: np.ndarray) -> Split:
+    return Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long())
+
+
+def _divide(split: Split, *sizes: int) -> list[Split]:
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return [split[part] for part in order.split(list(sizes))]
+
+
+# --------------------------------------------------------------------------------------- batches
+
+
+class BatchLoader:
+    """Iterates over (images, labels) batches: float (B, 1, 28, 28), normalised, and int64 (B,).
+
+    Order and augmentation of a batch depend on `seed`, the pass and the batch's number alone, so a
+    run repeats exactly, whatever else draws random numbers and however many workers prepare.
+
+    Args:
+        split: the images; batches lie on the device where they lie.
+        batch_size: images in a batch; the last may have fewer.
+        mean, std: of the training pixels scaled to [0, 1]; subtracted and divided by.
+        augment: applied to each batch before it is normalised; also shuffles every pass.
+        seed: of order and augmentation.
+        num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        mean: float,
+        std: float,
+        *,
+        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        shuffle: bool = False,
+        seed: int = 42,
+        num_workers: int = 0,
+    ) -> None:
+        self.split = split
+        self.batch_size = batch_size
+        self.mean, self.std = mean, std
+        self.augment = augment
+        self.shuffle = shuffle
+        self.seed = seed
+        self.num_workers = num_workers
+        self.epoch = 0  # passes begun; set it to go on where another loader was
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        order = torch.arange(len(self.split), device=self.split.labels.device)
+        if self.shuffle:
+            # Batches are numbered from 1: number 0 is the order's.
+            order = torch.randperm(
+                len(order), device=order.device, generator=self._generator(epoch, 0)
+            )
+        tasks = ((epoch, i, part) for i, part in enumerate(order.split(self.batch_size), 1))
+        if self.num_workers == 0:
+            yield from (self._batch(*task) for task in tasks)
+            return
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            ahead = deque(
+                pool.submit(self._batch, *task) for task in islice(tasks, 2 * self.num_workers)
+            )
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(self._batch, *task) for task in islice(tasks, 1))
+                yield batch
+
+    def _generator(self, epoch: int, number: int) -> torch.Generator:
+        mixed = np.random.SeedSequence((self.seed, epoch, number)).generate_state(1, np.uint64)
+        # 63 bits: what manual_seed takes on every device.
+        return torch.Generator(self.split.images.device).manual_seed(int(mixed[0]) >> 1)
+
+    @torch.no_grad()
+    def _batch(self, epoch: int, number: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+        part = self.split[indices]
+        images = part.images.float().div_(255)
+        if self.augment is not None:
+            images = self.augment(images, self._generator(epoch, number))
+        return images.sub_(self.mean).div_(self.std), part.labels
+
+
+def make_loaders(
+    dataset: Dataset,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 42,
+    train_samples: int | None = None,
+) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
+    """Loaders of a data set's training, validation and test images, in memory on `device`.
+
+    Training batches are shuffled and augmented, the two others never.
+
+    Args:
+        train_samples: train on the first so many images only; None is all of them.
+    """
+
+    def loader(split: Split, size: int, **kwargs) -> BatchLoader:
+        split = Split(split.images.to(device), split.labels.to(device))
+        return BatchLoader(split, size, dataset.mean, dataset.std, **kwargs)
+
+    return (
+        loader(
+            dataset.train[: train_samples or len(dataset.train)],
+            batch_size,
+            augment=RandomAffine(degrees=7.0, translate=0.1),
+            shuffle=True,
+            seed=seed,
+            num_workers=num_workers,
+        ),
+        loader(dataset.val, 500),  # no gradient is kept: the batch needn't be the training's
+        loader(dataset.test, 500),
+    )
+
+
+def get_mnist_loaders(
+    data_dir: str | Path = "./mnist", batch_size: int = 128, num_workers: int = 0, **kwargs
+) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
+    """MNIST's training, validation and test loaders; see `load_mnist` and `make_loaders`."""
+    return make_loaders(load_mnist(data_dir), batch_size, num_workers, **kwargs)
+
+
+# --------------------------------------------------------------------------------------- metrics
+
+
+def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+    """Percentage of samples whose target is among the k highest logits, for each k of `topk`.
+
+    Args:
+        output: logits (B, num_classes).
+        target: classes (B,).
+    """
+    ranks = output.topk(min(max(topk), output.shape[1]), dim=1).indices
+    hits = ranks == target.unsqueeze(1)  # (B, max(topk))
+    return [100.0 * hits[:, :k].any(dim=1).float().mean().item() for k in topk]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: BatchLoader, criterion: nn.Module, device: str | torch.device
+) -> tuple[float, float, float]:
+    """Mean loss, top-1 % and top-5 % over all samples, in fp32 and with dropout off.
+
+    The means are exact: a smaller last batch weighs less.
+    """
+    training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64)
+    for images, labels in loader:
+        logits = model(images.to(device))
+        labels = labels.to(device)
+        batch = [criterion(logits, labels).item(), *accuracy(logits, labels, topk=(1, 5))]
+        totals += torch.tensor(batch, dtype=torch.float64) * len(labels)
+    model.train(training)
+    loss, top1, top5 = (totals / len(loader.split)).tolist()
+    return loss, top1, top5
+
+
+# --------------------------------------------------------------------------------------- TODO.md
+
+TODO_HEADER = [
+    "| Epoch | State | Train loss | Val top-1 (%) | Best so far | Finished |",
+    "|---|---|---|---|---|---|",
+]
+
+
+def reset_todo_md(epochs: int, todo_path: str | Path = "./TODO.md") -> None:
+    """Give TODO.md's progress table a row for each epoch, none started; other text stays."""
+    before, _, after = _split_todo(todo_path)
+    rows = [f"| {epoch} | not started | | | | |" for epoch in range(1, epochs + 1)]
+    write_text(todo_path, "\n".join([*before, *TODO_HEADER, *rows, *after]))
+
+
+def update_todo_md(
+    epoch: int,
+    train_loss: float,
+    val_acc: float,
+    is_best: bool,
+    todo_path: str | Path = "./TODO.md",
+) -> None:
+    """Fill in an epoch's row of TODO.md's progress table, adding the row or table if it is gone."""
+    before, rows, after = _split_todo(todo_path)
+    finished = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    best = "yes" if is_best else "no"
+    row = f"| {epoch} | done | {train_loss:.4f} | {val_acc:.2f} | {best} | {finished} |"
+    numbers = [r.strip("| ").split("|")[0].strip() for r in rows]
+    if str(epoch) in numbers:
+        rows[numbers.index(str(epoch))] = row
+    else:
+        rows.append(row)
+    write_text(todo_path, "\n".join([*before, *TODO_HEADER, *rows, *after]))
+
+
+def _split_todo(todo_path: str | Path) -> tuple[list[str], list[str], list[str]]:
+    """TODO.md's lines before, in (rows only) and after the progress table."""
+    try:
+        text = Path(todo_path).read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        text = "# TODO\n"
+    except OSError as error:
+        raise UserError(f"{todo_path} cannot be read: {error.strerror or error}") from None
+    lines = text.split("\n")
+    if TODO_HEADER[0] not in lines:
+        return [*lines, "## Training progress", ""], [], [""]
+    start = lines.index(TODO_HEADER[0])
+    end = start + 1
+    while end < len(lines) and lines[end].startswith("|"):
+        end += 1
+    return lines[:start], lines[start + 2 : end], lines[end:]

@@ -1,0 +1,196 @@
+"""The Vision Transformer: images in, class logits out.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021), https://arxiv.org/abs/2010.11929,
+cited below as "ViT". Each class is one idea, in the order in which an image meets them. In the
+comments on shapes
+
+    B: images in a batch     N: patches of an image            D: embed_dim, the width of a token
+    C: channels              T: tokens, N + 1 with CLS         H: attention heads, each D / H wide
+
+Run this file to see the default network's output shape and number of parameters.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into square patches and project each linearly to a token (ViT, eq. 1).
+
+    A convolution whose stride equals its kernel is exactly that: one matrix applied to every patch.
+
+    Shape: (B, C, img_size, img_size) -> (B, N, D), N = (img_size / patch_size)^2, row by row.
+
+    Raises:
+        ValueError: `patch_size` does not divide `img_size`.
+    """
+
+    def __init__(
+        self, img_size: int = 28, patch_size: int = 7, in_chans: int = 1, embed_dim: int = 96
+    ) -> None:
+        super().__init__()
+        if img_size % patch_size != 0:
+            raise ValueError(f"img_size {img_size} is not divisible by patch_size {patch_size}")
+        self.img_size = img_size
+        self.num_patches = (img_size // patch_size) ** 2
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        nn.init.kaiming_normal_(self.proj.weight, mode="fan_out")
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != (self.img_size, self.img_size):
+            raise ValueError(
+                f"expected images of {self.img_size}x{self.img_size}, got {tuple(x.shape)}"
+            )
+        x = self.proj(x)  # (B, D, img_size / patch_size, img_size / patch_size)
+        return x.flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` (Srivastava et al., 2014) with masks that are cheap to draw on a CPU.
+
+    PyTorch draws a Bernoulli number for each value, which on a CPU takes longer than all of this
+    network's matrix products. Here each value gets 16 random bits and is dropped where they are
+    among the lowest p of all, so p is rounded to 1/65536. The generator is PyTorch's own:
+    `torch.manual_seed` fixes the masks.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
+        bits = words.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
+        dropped = min(round(self.p * 65536), 65535)  # of 65536 equally likely values
+        keep = bits.ge_(dropped - 32768).to(x.dtype)  # in place: 0 or 1, as int16
+        return x * keep.mul_(65536 / (65536 - dropped))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(D / H)) v in each head.
+
+    Source: Vaswani et al., 2017, section 3.2.2; ViT, appendix A. Parameters are named and shaped
+    as in `nn.MultiheadAttention`, so the checkpoints of one load in the other.
+
+    Shape: (B, T, D) -> (B, T, D).
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % num_heads != 0:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))  # q, k and v stacked
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        self.dropout = Dropout(dropout)
+        # Xavier, as in nn.MultiheadAttention, on purpose: with the other matrices' std of 0.02 the
+        # attention would begin all but uniform.
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
+        qkv = qkv.view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D/H)
+        if x.is_cuda:
+            p = self.dropout.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        else:
+            # Over so few tokens the formula itself is the fastest on a CPU: the fused kernel's
+            # backward is slow in bf16, and so is softmax.
+            scores = q * (D // self.num_heads) ** -0.5 @ k.transpose(-2, -1)  # (B, H, T, T)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+            x = self.dropout(weights) @ v  # (B, H, T, D/H)
+        return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm encoder block: x + attention(norm(x)), then x + MLP(norm(x)) (ViT, eqs. 2 and 3).
+
+    Shape: (B, T, D) -> (B, T, D).
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, dropout)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        hidden_dim = round(dim * mlp_ratio)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden_dim),
+            nn.GELU(),
+            Dropout(dropout),
+            nn.Linear(hidden_dim, dim),
+            Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class ViT(nn.Module):
+    """Vision Transformer: patches and a CLS token, encoder blocks, a linear head on the CLS token
+    (ViT, eqs. 1 to 4).
+
+    Shape: (B, in_chans, img_size, img_size) -> logits (B, num_classes).
+
+    Raises:
+        ValueError: `patch_size` does not divide `img_size`, or `num_heads` `embed_dim`.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 28,
+        patch_size: int = 7,
+        in_chans: int = 1,
+        num_classes: int = 10,
+        embed_dim: int = 96,
+        depth: int = 16,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim))
+        self.pos_drop = Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(embed_dim, num_heads, mlp_ratio, dropout) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)  # (B, N, D)
+        cls = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
+        x = self.pos_drop(torch.cat((cls, x), dim=1) + self.pos_embed)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))  # (B, num_classes)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+if __name__ == "__main__":
+    model = ViT()
+    print(f"output shape: {tuple(model(torch.randn(2, 1, 28, 28)).shape)}")
+    print(f"parameters: {count_parameters(model):,}")

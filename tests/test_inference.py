@@ -1,0 +1,254 @@
+"""Using a trained model: scoring, pictures, export, one's own images."""
+
+import json
+import re
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import MNIST, assert_one_error_line, needs_mnist
+from matplotlib.image import imread
+from PIL import Image, ImageOps
+
+import inference
+from digit_image import MAX_SIDE, read_digit
+from utils import load_digits, load_mnist
+from vit_model import ViT
+
+
+@pytest.fixture
+def checkpoint(trained) -> str:
+    return str(trained / "checkpoints" / "best_model.pt")
+
+
+@pytest.fixture
+def test_images() -> tuple[np.ndarray, list[int]]:
+    test = load_digits().test
+    return test.images[:, 0].numpy(), test.labels.tolist()
+
+
+# ------------------------------------------------------------------------------- modes that score
+
+
+def test_evaluate_gives_what_training_ended_with(run, tmp_path, trained, checkpoint):
+    result = run(inference.main, "--mode", "evaluate", "--checkpoint", checkpoint)
+    assert result.status == 0
+    test = json.loads((trained / "checkpoints" / "history.json").read_text())["test"]
+    assert f"Test Loss: {test['loss']:.4f}\nTest Acc: {test['top1']:.2f} %" in result.out
+    written = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
+    assert written["top1"] == pytest.approx(test["top1"]) and written["dataset"] == "digits"
+
+
+@needs_mnist
+def test_a_published_checkpoint_scores_as_it_did(run, tmp_path):
+    torch.manual_seed(0)
+    model = ViT(depth=1).eval()
+    optimizer = torch.optim.AdamW(model.parameters())
+    data = load_mnist(MNIST)
+    for start in range(0, 12_800, 128):
+        images = (data.train.images[start : start + 128].float() / 255 - 0.1307) / 0.3081
+        loss = torch.nn.functional.cross_entropy(
+            model(images), data.train.labels[start : start + 128]
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        images = (data.test.images.float() / 255 - 0.1307) / 0.3081
+        hits = sum(
+            (model(x).argmax(1) == y).sum().item()
+            for x, y in zip(images.split(500), data.test.labels.split(500), strict=True)
+        )
+    torch.save(
+        {
+            "epoch": 1,
+            "model_state_dict": model.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "best_acc": hits / 100,
+        },
+        tmp_path / "published.pt",
+    )
+    flags = f"--mode evaluate --checkpoint published.pt --data_dir {MNIST}".split()
+    result = run(inference.main, *flags)
+    assert hits > 5000 and f"Test Acc: {hits / 100:.2f} %" in result.out
+
+
+# ----------------------------------------------------------------------------------- pictures, ONNX
+
+
+def test_visualize_draws_sixteen_test_images(run, tmp_path, checkpoint):
+    outputs = []
+    for seed in (1, 1, 2):
+        flags = ("--checkpoint", checkpoint, "--seed", seed, "--output", "p.png")
+        result = run(inference.main, *flags)
+        assert result.status == 0 and re.search(r"of 16 test images right \(digits\)", result.out)
+        outputs.append(imread(tmp_path / "p.png"))
+    assert np.array_equal(outputs[0], outputs[1]) and not np.array_equal(outputs[0], outputs[2])
+    assert min(outputs[0].shape[:2]) > 800
+    assert (outputs[0][..., :3].max(axis=2) < 0.1).mean() > 0.3  # the digits' black background
+
+
+def test_onnx_is_one_file_with_a_free_batch_axis(run, tmp_path, checkpoint):
+    result = run(inference.main, "--mode", "onnx", "--checkpoint", checkpoint)
+    assert result.status == 0
+    difference = re.search(r"batches of 1, 7 and 128: (\S+)", result.out)[1]
+    assert float(difference) <= 1e-4
+    assert [p.name for p in (tmp_path / "outputs").iterdir()] == ["vit_mnist.onnx"]
+    exported = onnx.load(tmp_path / "outputs" / "vit_mnist.onnx")
+    assert [node.name for node in exported.graph.input] == ["input"]
+    assert [node.name for node in exported.graph.output] == ["output"]
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    for batch in (1, 3, 200):
+        images = np.zeros((batch, 1, 28, 28), dtype=np.float32)
+        assert session.run(None, {"input": images})[0].shape == (batch, 10)
+
+
+def test_an_export_that_differs_is_not_written(run, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(inference, "ONNX_TOLERANCE", 0.0)
+    (tmp_path / "old.onnx").write_text("old")
+    flags = ("--mode", "onnx", "--checkpoint", checkpoint, "--output", "old.onnx")
+    assert_one_error_line(run(inference.main, *flags), "differ", "not written")
+    assert (tmp_path / "old.onnx").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["old.onnx"]
+
+
+# --------------------------------------------------------------------------------- one's own images
+
+
+def test_predict_reads_test_images_in_any_form(run, tmp_path, checkpoint, test_images):
+    """Saved as files in six forms, the digits are read about as well as from memory."""
+    images, labels = test_images
+    names = []
+    for i, pixels in enumerate(images[:60]):
+        image = Image.fromarray(pixels)
+        form = i % 6
+        if form == 1:
+            image = ImageOps.invert(image)
+        elif form == 2:
+            image = ImageOps.expand(ImageOps.invert(image), (40, 0, 90, 7), fill=255).convert("RGB")
+        elif form == 3:
+            image = image.resize((280, 280)).convert("P")
+        elif form == 4:  # black ink on nothing
+            ink = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
+            ink.putalpha(image)
+            image = ink
+        elif form == 5:
+            image = Image.fromarray(pixels.astype(np.uint16) * 257)
+        names.append(f"{i}.png")
+        image.save(names[-1])
+    result = run(inference.main, "--mode", "predict", "--checkpoint", checkpoint, "--image", *names)
+    assert result.status == 0
+    written = json.loads((tmp_path / "outputs" / "predictions.json").read_text())
+    assert [row["image"] for row in written] == names
+    for row in written:
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == max(row["probabilities"], key=row["probabilities"].get)
+        assert f"{row['image']}: {row['prediction']}  (0: " in result.out
+    right = sum(
+        row["prediction"] == str(label) for row, label in zip(written, labels, strict=False)
+    )
+    flags = ("--mode", "evaluate", "--checkpoint", checkpoint)
+    score = float(re.search(r"Test Acc: ([\d.]+)", run(inference.main, *flags).out)[1])
+    assert 100 * right / 60 > score - 10
+
+
+def disc(height: int, width: int, row: float, column: float, radius: float) -> np.ndarray:
+    y, x = np.ogrid[:height, :width]
+    return ((y - row) ** 2 + (x - column) ** 2 < radius**2).astype(np.uint8) * 255
+
+
+@pytest.mark.parametrize("size", [(28, 28), (300, 200), (40, 900)])
+def test_a_digit_is_scaled_into_its_box_and_centred_by_mass(tmp_path, size):
+    height, width = size
+    picture = disc(height, width, height * 0.4, width * 0.6, 11)
+    for name, pixels in (("light.png", picture), ("dark.png", 255 - picture)):
+        Image.fromarray(pixels).save(tmp_path / name)
+        digit = read_digit(tmp_path / name)
+        assert digit.shape == (28, 28) and digit.dtype == np.uint8 and digit.max() == 255
+        rows, columns = np.nonzero(digit > 100)
+        assert np.ptp(rows) in (18, 19) and np.ptp(columns) in (18, 19)
+        mass = digit / digit.sum()
+        assert (mass.sum(1) @ np.arange(28)) == pytest.approx(14, abs=0.6)
+        assert (mass.sum(0) @ np.arange(28)) == pytest.approx(14, abs=0.6)
+
+
+def test_proportions_are_kept(tmp_path):
+    bar = np.zeros((100, 100), dtype=np.uint8)
+    bar[10:90, 48:56] = 255  # 80 high, 8 wide
+    Image.fromarray(bar).save(tmp_path / "one.png")
+    rows, columns = np.nonzero(read_digit(tmp_path / "one.png") > 127)
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 2)
+
+
+def test_a_turned_photo_is_set_upright(tmp_path):
+    bar = np.full((60, 60), 255, dtype=np.uint8)
+    bar[28:32, 5:55] = 0  # lies; its EXIF says: turn by 90 degrees
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(bar).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    rows, columns = np.nonzero(read_digit(tmp_path / "photo.jpg") > 127)
+    assert np.ptp(rows) > np.ptp(columns)
+
+
+@needs_mnist
+def test_mnists_own_images_come_out_as_they_are(tmp_path):
+    same = 0
+    for image in load_mnist(MNIST).test.images[:100, 0].numpy():
+        Image.fromarray(image).save(tmp_path / "digit.png")
+        difference = read_digit(tmp_path / "digit.png").astype(int) - image
+        same += np.abs(difference).max() <= 2  # the strongest ink, 253 or 254, is made 255
+    assert same >= 97  # a faint pixel at the digit's edge can be taken for paper
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+def test_images_that_cannot_serve_end_in_one_line(run, tmp_path, checkpoint):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("L", (20_000, 3)).save(tmp_path / "wide.png")
+    Image.new("L", (50, 50), 200).save(tmp_path / "blank.png")
+    Image.fromarray(disc(200, 200, 99, 99, 50)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
+    for name, words in {
+        "text.png": "text.png cannot be read",
+        "empty.png": "empty.png cannot be read",
+        "cut.png": "cut.png cannot be read",
+        "wide.png": f"wide.png 20000x3 {MAX_SIDE}",
+        "blank.png": "blank.png is blank",
+        "none.png": "none.png not found",
+        ".": "cannot be read",
+    }.items():
+        flags = ("--mode", "predict", "--checkpoint", checkpoint, "--image", "good.png", name)
+        assert_one_error_line(run(inference.main, *flags), *words.split())
+    assert not (tmp_path / "outputs" / "predictions.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--mode paint", "--mode paint visualize"),
+        ("--mode predict", "--image"),
+        ("--mode evaluate --image x.png", "--mode predict --image"),
+        ("--checkpoint none.pt", "none.pt No such file train first"),
+        ("--output file/x.png", "file/x.png cannot be written"),
+        ("--device foo", "--device foo"),
+        ("--seed -1", "--seed"),
+    ],
+)
+def test_wrong_usage_ends_in_one_line(run, tmp_path, checkpoint, flags, words):
+    (tmp_path / "file").write_text("kept")
+    if "--checkpoint" not in flags:
+        flags += f" --checkpoint {checkpoint}"
+    assert_one_error_line(run(inference.main, *flags.split()), *words.split())
+
+
+def test_a_model_for_other_images_is_refused_except_for_export(run, tmp_path):
+    model = ViT(img_size=32, patch_size=8, in_chans=3, depth=1, embed_dim=16)
+    content = {"epoch": 1, "model_state_dict": model.state_dict(), "optimizer_state_dict": {}}
+    torch.save({**content, "best_acc": 1.0}, tmp_path / "other.pt")
+    flags = ("--checkpoint", "other.pt", "--mode")
+    assert_one_error_line(run(inference.main, *flags, "evaluate"), "3x32x32", "1x28x28")
+    assert run(inference.main, *flags, "onnx").status == 0

@@ -1,0 +1,469 @@
+"""launch.py as a user meets it: run for real, on a small copy of the project.
+
+PyTorch is played by stand-in packages of a few lines in real virtual environments, and uv by a
+script that unpacks stand-in wheels, so nothing here needs the network or more than seconds.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, symlinks and scripts")
+
+LAUNCHER = Path(__file__).resolve().parent.parent / "launch.py"
+PYPROJECT = """
+[project]
+dependencies = ["torch >= 2.9", "torchvision>=0.24.0", "numpy", "tinydep>=1.2"]
+[project.optional-dependencies]
+dev = ["pytest"]
+"""
+SHOW = '''"""Show what a script is given.
+
+More words."""
+import json, os, sys
+if __name__ == "__main__":
+    import torch, tinydep
+    print(json.dumps([sys.argv, os.getcwd(), sys.executable, torch.__file__]))
+    sys.exit(int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0)
+'''
+WAIT = '''"""Wait for a signal."""
+import signal, sys, time
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        if "--catch" in sys.argv:
+            sys.exit(130)
+        raise
+'''
+TORCH = """
+from types import SimpleNamespace
+version = SimpleNamespace(cuda=None)
+cuda = SimpleNamespace(is_available=lambda: False)
+"""
+MISMATCH = "raise RuntimeError('operator torchvision::nms does not exist')"
+PYTEST = "if __name__ == '__main__': import os, sys; print(os.getcwd(), sys.argv[1:])"
+# As torch 2.10 is newer than 2.9 only when versions are compared as numbers.
+TORCHES = {"torch": ("2.10.0+cu130", TORCH), "torchvision": ("0.25.0", "")}
+SMALL = {"numpy": ("2.1", ""), "tinydep": ("1.2", ""), "pytest": ("9.0", "")}
+FAKE_UV = """
+import os, pathlib, sys, time, zipfile
+here = pathlib.Path(__file__).parent
+with open(here / "calls", "a") as calls:
+    print(*sys.argv[1:], file=calls)
+time.sleep(float(os.environ.get("UV_SLEEP", 0)))
+if "UV_FAIL" in os.environ:
+    sys.exit(os.environ["UV_FAIL"])
+python = pathlib.Path(sys.argv[sys.argv.index("--python") + 1])
+target = next(python.parent.parent.rglob("site-packages"))
+for wheel in here.parent.joinpath("wheels").glob("*.whl"):
+    zipfile.ZipFile(wheel).extractall(target)
+"""
+
+
+def write_package(folder, name, version, code, requires=()):
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+    info = f"{name}-{version}.dist-info"
+    wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {
+        f"{name}/__init__.py": code,
+        f"{name}/__main__.py": PYTEST,
+        f"{info}/METADATA": metadata,
+        f"{info}/WHEEL": wheel,
+        f"{info}/RECORD": "",
+    }
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+def make_python(folder, packages):
+    """A virtual environment with stand-in packages; returns its interpreter."""
+    command = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
+    subprocess.run(command, check=True)
+    for name, (version, code) in packages.items():
+        write_package(next(folder.rglob("site-packages")), name, version, code)
+    return folder / "bin" / "python"
+
+
+def make_wheel(folder, name, version, code="", requires=()):
+    write_package(folder / "build", name, version, code, requires)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path in sorted((folder / "build").rglob("*")):
+            if path.is_file():
+                wheel.write(path, path.relative_to(folder / "build"))
+    shutil.rmtree(folder / "build")
+
+
+@pytest.fixture(scope="session")
+def pythons(tmp_path_factory):
+    """Interpreters that no test changes: name -> path."""
+    folder = tmp_path_factory.mktemp("pythons")
+    mismatched = {**TORCHES, **SMALL, "torchvision": ("0.99.0", MISMATCH)}
+    contents = {
+        "bare": {},
+        "good": {**TORCHES, **SMALL},
+        "other": {**TORCHES, **SMALL},
+        "mismatched": mismatched,
+        "old": {**TORCHES, **SMALL, "torch": ("2.8.1", TORCH)},
+        "lacking": {**TORCHES, "numpy": SMALL["numpy"], "tinydep": ("1.1", "")},
+    }
+    return {name: make_python(folder / name, packages) for name, packages in contents.items()}
+
+
+class Project:
+    """A copy of launch.py in a folder of its own, and a way to start it."""
+
+    def __init__(self, folder, pythons):
+        self.root, self.pythons = folder / "a project", pythons
+        self.venv, self.bin, self.wheels = self.root / ".venv", folder / "bin", folder / "wheels"
+        for path in (self.root / "src", self.bin, self.wheels):
+            path.mkdir(parents=True)
+        shutil.copy(LAUNCHER, self.root)
+        (self.root / "pyproject.toml").write_text(PYPROJECT)
+        (self.root / "src" / "show.py").write_text(SHOW)
+        (self.root / "src" / "wait.py").write_text(WAIT)
+        (self.root / "src" / "helper.py").write_text('"""Not to be run."""\n')
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "PYTHON"))}
+        for name in ("VIRTUAL_ENV", "VIT_MNIST_PYTHON"):
+            kept.pop(name, None)
+        offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": self.wheels.as_uri()}
+        settings = {"PATH": str(self.bin), "PIP_CONFIG_FILE": os.devnull, "PYTHONNOUSERSITE": "1"}
+        self.env = {**kept, **settings, **offline}
+
+    def popen(self, *args, by="bare", cwd=None, **env):
+        command = [str(self.pythons[by]), str(self.root / "launch.py"), *map(str, args)]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd or self.root.parent,
+            env={**self.env, **{name: str(value) for name, value in env.items()}},
+            start_new_session=True,
+        )
+
+    def run(self, *args, **options):
+        process = self.popen(*args, **options)
+        process.out, process.err = process.communicate(timeout=60)
+        assert "Traceback" not in process.err
+        return process
+
+    def error(self, *args, **options):
+        """The one line in which a run ends."""
+        process = self.run(*args, **options)
+        assert process.returncode == 2, process.err
+        assert process.err.count("error: ") == 1
+        assert process.err.splitlines()[-1].startswith("error: ")
+        return process.err.splitlines()[-1]
+
+    def add_uv(self):
+        for name, (version, code) in {**TORCHES, **SMALL}.items():
+            make_wheel(self.wheels, name, version, code)
+        (self.bin / "uv.py").write_text(FAKE_UV)
+        script = f'#!/bin/sh\nexec "{sys.executable}" "{self.bin / "uv.py"}" "$@"\n'
+        (self.bin / "uv").write_text(script)
+        (self.bin / "uv").chmod(0o755)
+
+    def uv_calls(self):
+        calls = self.bin / "calls"
+        return calls.read_text().splitlines() if calls.exists() else []
+
+
+@pytest.fixture
+def project(tmp_path, pythons):
+    return Project(tmp_path, pythons)
+
+
+def python_that_ran(process):
+    assert process.returncode == 0, process.err
+    return Path(json.loads(process.out)[2])
+
+
+def wait_for(path):
+    for _ in range(400):
+        if path.exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+def test_script_gets_its_flags_directory_and_exit_status(project, tmp_path):
+    flags = ["--lr", "1 e", "--python", "x", "--help", "", "3"]
+    process = project.run("show.py", *flags, by="good", cwd=tmp_path)
+    argv, cwd, python, _ = json.loads(process.out)  # so stdout is the script's alone
+    assert argv == [str(project.root / "src" / "show.py"), *flags]
+    assert (cwd, python) == (str(tmp_path), str(project.pythons["good"]))
+    assert process.returncode == 3
+    assert "torch 2.10.0+cu130, torchvision 0.25.0, built without CUDA" in process.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "number", "status"),
+    [
+        ([], signal.SIGINT, -signal.SIGINT),  # which a shell shows as 130
+        (["--catch"], signal.SIGINT, 130),
+        ([], signal.SIGTERM, 7),
+    ],
+)
+def test_signals_reach_the_script(project, flags, number, status):
+    process = project.popen("wait.py", *flags, by="good")
+    assert process.stdout.readline() == "ready\n"
+    os.kill(process.pid, number)  # the launcher alone, as `kill` does
+    process.communicate(timeout=20)
+    assert process.returncode == status
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["--python", "/anything"]])
+def test_without_a_script_it_lists_what_can_be_run(project, args):
+    process = project.run(*args)
+    assert process.returncode == 0
+    lines = [line.split(maxsplit=1) for line in process.out.splitlines()]
+    assert ["show.py", "Show what a script is given."] in lines
+    assert "test" in [line[0] for line in lines]
+    assert "usage:" in process.out and "helper.py" not in process.out
+
+
+def test_script_with_a_syntax_error_shows_pythons_own_message(project):
+    (project.root / "src" / "show.py").write_text("def broken(:\n")
+    process = project.run("show.py", by="good")
+    assert process.returncode == 1 and "SyntaxError" in process.err
+
+
+def test_tests_run_in_the_project_with_the_dev_extra(project):
+    process = project.run("test", "-k", "a b", by="good")
+    assert process.out == f"{project.root} {['-k', 'a b']}\n"
+    lacking = project.run("test", by="lacking")
+    assert "it lacks tinydep>=1.2, pytest" in lacking.err
+
+
+def test_what_cannot_be_understood_is_one_error_line(project, tmp_path):
+    assert "'wiat.py' to run, there is: wait.py, " in project.error("wiat.py")
+    assert "helper.py" not in project.error("helper.py").split("there is:")[1]
+    absent = f"{tmp_path}/no"
+    assert f"--python {absent} is not there" in project.error(f"--python={absent}", "show.py")
+    assert "--python /bin/sh is not Python" in project.error("--python", "/bin/sh", "show.py")
+    assert "$VIT_MNIST_PYTHON /no" in project.error("show.py", VIT_MNIST_PYTHON="/no")
+    assert "--gpu" in project.error("--gpu", "show.py")
+    assert "--python" in project.error("--python")
+
+
+# ---- which interpreter --------------------------------------------------------------------------
+
+
+def test_interpreters_are_tried_in_order(project):
+    good, other = project.pythons["good"], project.pythons["other"]
+    make_python(project.venv, {**TORCHES, **SMALL})
+    before = sorted(project.venv.rglob("*"))
+
+    def chosen(*args, **options):
+        return python_that_ran(project.run(*args, "show.py", **options))
+
+    assert chosen("--python", other, by="good", VIT_MNIST_PYTHON="/no") == other
+    assert chosen("--python", other.parent.parent, by="good") == other
+    assert chosen(by="good", VIT_MNIST_PYTHON=other) == other
+    assert chosen(by="good", VIRTUAL_ENV=other.parent.parent) == good
+    assert chosen(VIRTUAL_ENV=other.parent.parent) == other
+    assert chosen() == project.venv / "bin" / "python"
+    assert sorted(p for p in project.venv.rglob("*") if "__pycache__" not in p.parts) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mismatched", "torch 2.10.0+cu130 with torchvision 0.99.0 cannot be imported (operator"),
+        ("old", "torch 2.8.1 is too old, the project needs torch >= 2.9"),
+        ("lacking", "it lacks tinydep>=1.2"),
+    ],
+)
+def test_interpreter_of_no_use_is_skipped_with_the_reason(project, name, reason):
+    active = project.pythons["good"].parent.parent
+    process = project.run("show.py", by=name, VIRTUAL_ENV=active)
+    assert python_that_ran(process) == project.pythons["good"]
+    assert f"skipping {project.pythons[name]}: {reason}" in process.err
+
+
+def test_crashing_and_broken_interpreters_are_skipped(project, tmp_path):
+    crash = {**TORCHES, **SMALL, "torch": ("2.9", "import os; os.abort()")}
+    crashing = make_python(tmp_path / "crashing", crash)
+    (tmp_path / "v" / "bin").mkdir(parents=True)
+    (tmp_path / "v" / "bin" / "python").write_text("no program")
+    make_python(project.venv, {**TORCHES, **SMALL})
+    process = project.run("--python", crashing, "show.py", VIRTUAL_ENV=tmp_path / "v")
+    assert python_that_ran(process) == project.venv / "bin" / "python"
+    assert process.err.count("it breaks off") == 2
+
+
+def test_old_python_hands_over_to_a_newer_one_or_says_so(project):
+    text = LAUNCHER.read_text().replace("MIN_PYTHON = (3, 11)", "MIN_PYTHON = (9, 0)")
+    (project.root / "launch.py").write_text(text)
+    assert "Python 3.11 or newer is needed, this is" in project.error("show.py")
+    newer = project.bin / "python3.12"
+    newer.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 9.1 || echo "$@"\n')
+    newer.chmod(0o755)
+    assert project.run("show.py", "--lr", "1").out == f"{project.root}/launch.py show.py --lr 1\n"
+
+
+# ---- making .venv -------------------------------------------------------------------------------
+
+
+def files_below(python):
+    files = (path for path in python.parent.parent.rglob("*") if "__pycache__" not in path.parts)
+    return {path: path.lstat().st_mtime_ns for path in files if not path.is_dir()}
+
+
+def test_missing_package_goes_into_a_venv_on_top_and_the_base_stays(project):
+    make_wheel(project.wheels, "tinydep", "1.2", requires=["torch"])
+    make_wheel(project.wheels, "tinydep", "1.3", requires=["torch>=3"])  # would replace torch
+    make_wheel(project.wheels, "torch", "3.0", code=TORCH)
+    base = project.pythons["lacking"]
+    before = files_below(base)
+    process = project.run("show.py", by="lacking")
+    assert python_that_ran(process) == project.venv / "bin" / "python"
+    torch = json.loads(process.out)[3]
+    assert torch.startswith(str(base.parent.parent)), "the base's own torch, not another one"
+    assert files_below(base) == before
+
+    again = project.run("show.py", by="lacking")
+    assert python_that_ran(again) == project.venv / "bin" / "python"
+    assert "installing" not in again.err
+
+    # What comes to be missing later is added to the .venv that is there.
+    make_wheel(project.wheels, "later", "1.0")
+    text = PYPROJECT.replace('"numpy"', '"numpy", "later"')
+    (project.root / "pyproject.toml").write_text(text)
+    third = project.run("show.py", by="lacking")
+    assert python_that_ran(third) == project.venv / "bin" / "python"
+    assert "launch: installing later\n" in third.err
+
+
+def test_on_top_of_a_python_that_is_no_virtual_environment(project, tmp_path):
+    make_wheel(project.wheels, "tinydep", "1.2")
+    base = getattr(sys, "_base_executable", sys.executable)
+    user = {"PYTHONUSERBASE": str(tmp_path / "user"), "PYTHONNOUSERSITE": ""}
+    command = [base, "-m", "site", "--user-site"]
+    answer = subprocess.run(command, env={**project.env, **user}, capture_output=True, text=True)
+    for name, (version, code) in {**TORCHES, "numpy": SMALL["numpy"]}.items():
+        write_package(Path(answer.stdout.strip()), name, version, code)
+    process = project.run("--python", base, "show.py", **user)
+    assert python_that_ran(process) == project.venv / "bin" / "python"
+    assert json.loads(process.out)[3].startswith(str(tmp_path / "user"))
+
+
+def test_no_network_is_one_error_line_and_leaves_no_half_venv(project):
+    env = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": 0, "PIP_NO_INDEX": 0}
+    error = project.error("show.py", by="lacking", **env)
+    assert "no connection" in error and "check the network" in error
+    assert not project.venv.exists()
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("No space left on device (os error 28)", "the disk is full"),
+        ("error sending request\n  tcp connect error", "no connection"),
+        ("no wheel for this machine", "ended with status 1, its message is above"),
+    ],
+)
+def test_failing_install_says_why(project, message, reason):
+    project.add_uv()
+    assert reason in project.error("show.py", UV_FAIL=message)
+    assert not project.venv.exists()
+    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_install_that_was_interrupted_is_started_over(project, number):
+    project.add_uv()
+    process = project.popen("show.py", UV_SLEEP=60)
+    wait_for(project.bin / "calls")
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+    _, err = process.communicate(timeout=20)
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert err.endswith("launch: interrupted\n") and "Traceback" not in err
+    # As far as one can see complete, yet nobody knows which files of it are.
+    for name, (version, code) in {**TORCHES, **SMALL}.items():
+        write_package(next(project.venv.rglob("site-packages")), name, version, code)
+    (project.venv / "half-written").touch()
+    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert not (project.venv / "half-written").exists()
+
+
+def test_two_launchers_at_once_install_once(project):
+    project.add_uv()
+    first = project.popen("show.py", UV_SLEEP=2)
+    wait_for(project.bin / "calls")
+    second = project.run("show.py")
+    first.communicate(timeout=20)
+    assert first.returncode == second.returncode == 0
+    assert "another launcher is making" in second.err
+    assert len(project.uv_calls()) == 1
+
+
+def test_installer_that_outlives_a_killed_launcher_is_waited_for(project):
+    project.add_uv()
+    first = project.popen("show.py", UV_SLEEP=2)
+    wait_for(project.bin / "calls")
+    first.kill()
+    second = project.run("show.py")
+    first.communicate()
+    assert "another launcher is making" in second.err
+    assert python_that_ran(second) == project.venv / "bin" / "python"
+
+
+def test_venv_without_a_python_is_replaced_but_what_was_not_made_here_is_kept(project):
+    project.add_uv()
+    (project.venv / "bin").mkdir(parents=True)
+    (project.venv / "bin" / "python").symlink_to("/gone/python3")
+    (project.venv / "mine.txt").touch()
+    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert len(list(project.root.glob(".venv.broken-*/mine.txt"))) == 1
+    # The one made here is ours to delete.
+    (project.venv / "bin" / "python").unlink()
+    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert len(list(project.root.glob(".venv.broken-*"))) == 1
+
+
+def test_users_own_venv_without_torch_is_installed_into(project):
+    project.add_uv()
+    make_python(project.venv, {})
+    (project.venv / "mine.txt").touch()
+    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert (project.venv / "mine.txt").exists()
+    call = project.uv_calls()[0]
+    assert call.endswith("torch >= 2.9 torchvision>=0.24.0 numpy tinydep>=1.2")
+
+
+def test_mismatch_in_the_projects_own_venv_is_repaired(project):
+    project.add_uv()
+    make_python(project.venv, {**TORCHES, "torchvision": ("0.25.0", MISMATCH)})
+    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert "--force-reinstall" in project.uv_calls()[0]
+
+
+def test_failing_install_leaves_the_venv_of_before(project):
+    project.add_uv()
+    project.run("show.py")
+    (project.venv / "mine.txt").touch()
+    text = PYPROJECT.replace('"numpy"', '"numpy", "later"')
+    (project.root / "pyproject.toml").write_text(text)
+    assert "cannot install into" in project.error("show.py", UV_FAIL="no such package")
+    (project.root / "pyproject.toml").write_text(PYPROJECT)
+    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert (project.venv / "mine.txt").exists()
+    assert "--constraint" in project.uv_calls()[1] and "later" in project.uv_calls()[1]

@@ -1,0 +1,284 @@
+"""Training from the command line: what it writes, what it repeats, how it stops and refuses."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import MNIST, QUICK, ROOT, assert_one_error_line, needs_mnist
+from matplotlib.image import imread
+
+import train
+from checkpoint import load_checkpoint
+from recipes import DATASET_SETTINGS, DEFAULTS
+
+TINY = "--dataset digits --depth 1 --embed_dim 16 --train_samples 100 --batch_size 50".split()
+
+
+def todo_rows(folder) -> list[str]:
+    text = (folder / "TODO.md").read_text()
+    return [line for line in text.splitlines() if re.match(r"\| \d", line)]
+
+
+def test_a_run_writes_all_that_it_promises(trained):
+    model, checkpoint = load_checkpoint(trained / "checkpoints" / "best_model.pt")
+    published = {"epoch", "model_state_dict", "optimizer_state_dict", "best_acc"}
+    ours = {"model_config", "normalization", "dataset", "class_names", "settings", "versions"}
+    assert set(checkpoint) == published | ours
+    assert checkpoint["dataset"] == "digits"
+    assert checkpoint["model_config"]["depth"] == len(model.blocks) == 2
+
+    history = json.loads((trained / "checkpoints" / "history.json").read_text())
+    assert [row["epoch"] for row in history["epochs"]] == list(range(1, 16))
+    for row in history["epochs"]:
+        assert row["train_loss"] > 0 and row["val_loss"] > 0 and row["images_per_second"] > 0
+    best = max(history["epochs"], key=lambda row: row["val_acc"])
+    assert (checkpoint["epoch"], checkpoint["best_acc"]) == (best["epoch"], best["val_acc"])
+    assert history["test"]["best_epoch"] == best["epoch"]
+    assert history["epochs"][-1]["train_loss"] < history["epochs"][0]["train_loss"]
+    cosine = [3e-3 * (1 + math.cos(math.pi * epoch / 15)) / 2 for epoch in range(15)]
+    assert [row["lr"] for row in history["epochs"]] == pytest.approx(cosine)
+
+    timing = (trained / "checkpoints" / "timing_cpu.txt").read_text().splitlines()
+    keys = "device epochs batch_size total_train_time avg_time_per_epoch best_val_acc test_acc"
+    assert [line.split(": ")[0] for line in timing] == keys.split()
+    assert timing[-1] == f"test_acc: {history['test']['top1']:.2f}"
+
+    rows = todo_rows(trained)
+    assert len(rows) == 15
+    for row, epoch in zip(rows, history["epochs"], strict=True):
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1:4] == ["done", f"{epoch['train_loss']:.4f}", f"{epoch['val_acc']:.2f}"]
+    assert imread(trained / "outputs" / "training_curves.png").shape[1] > 1000
+
+
+def test_the_digits_are_learned(trained):
+    """Far above the 10 % of chance after a few passes of a small network."""
+    history = json.loads((trained / "checkpoints" / "history.json").read_text())
+    assert history["test"]["top1"] > 60
+
+
+def test_output_names_the_data_and_ends_with_the_test_result(run):
+    result = run(train.main, *TINY, "--epochs", 2)
+    assert result.status == 0 and result.err == ""
+    for pattern in (
+        r"^data: +digits, 100 / 180 / 180 images",
+        r"^settings: epochs 2, batch_size 50, lr 0.001, .*depth 1,",
+        r"^Epoch +2/2  Train Loss: [\d.]+  Acc: [\d.]+ %  \|  Val Loss: .*Top-5: [\d.]+ %",
+        r"best so far, saved to checkpoints/best_model.pt",
+        r"^Test Loss: [\d.]+\nTest Acc: [\d.]+ %\nTest Top-5: [\d.]+ %  \(digits\)\nBest Val Acc: "
+        r"[\d.]+ % @ Epoch [12]\n",
+    ):
+        assert re.search(pattern, result.out, re.MULTILINE), pattern
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    path = folder / "checkpoints" / "best_model.pt"
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+def test_one_seed_gives_bit_identical_weights_and_another_does_not(run, tmp_path):
+    seen = []
+    for seed, workers in ((1, 0), (1, 2), (2, 0)):
+        assert (
+            run(train.main, *TINY, "--seed", seed, "--num_workers", workers, "--epochs=2").status
+            == 0
+        )
+        seen.append(weights(tmp_path))
+    first, same, other = seen
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_fp32_and_bf16_learn_alike(run, tmp_path):
+    losses = []
+    for precision in ("fp32", "bf16"):
+        assert run(train.main, *TINY, "--epochs=3", "--precision", precision).status == 0
+        history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
+        assert history["precision"] == precision
+        losses.append(history["epochs"][-1]["train_loss"])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(digits_loader):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    norms = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: norms.append(
+            torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+        )
+    )
+    for clip in (0.05, 0):
+        train.train_one_epoch(
+            model,
+            digits_loader,
+            torch.nn.CrossEntropyLoss(),
+            optimizer,
+            grad_clip=clip,
+            precision="fp32",
+            description="",
+        )
+    clipped, free = norms[: len(digits_loader)], norms[len(digits_loader) :]
+    assert clipped == pytest.approx([0.05] * len(clipped), rel=1e-3)
+    assert min(free) > 0.5
+
+
+@pytest.fixture
+def digits_loader():
+    from utils import load_digits, make_loaders
+
+    return make_loaders(load_digits(), 200)[0]
+
+
+def test_training_averages_are_exact_over_samples(digits_loader):
+    """With no learning, the epoch's loss and accuracy are those of all its images at once."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    criterion = torch.nn.CrossEntropyLoss()
+    batches = list(digits_loader)
+    digits_loader.epoch = 0
+    loss, top1 = train.train_one_epoch(
+        model,
+        digits_loader,
+        criterion,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        grad_clip=0,
+        precision="fp32",
+        description="",
+    )
+    logits = model(torch.cat([images for images, _ in batches]))
+    labels = torch.cat([labels for _, labels in batches])
+    assert loss == pytest.approx(criterion(logits, labels).item(), rel=1e-5)
+    assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------- settings
+
+
+def resolved(run, tmp_path, *flags) -> dict:
+    assert run(train.main, *flags, "--train_samples", 30).status == 0
+    return json.loads((tmp_path / "checkpoints" / "history.json").read_text())["settings"]
+
+
+def test_a_flag_wins_over_the_data_sets_setting_and_that_over_the_recipe(run, tmp_path):
+    flags = "--dataset digits --epochs 1 --batch-size 10 --embed_dim=16".split()
+    settings = resolved(run, tmp_path, *flags)
+    assert (settings["epochs"], settings["batch_size"], settings["embed_dim"]) == (1, 10, 16)
+    assert settings["depth"] == DATASET_SETTINGS["digits"]["depth"] != DEFAULTS["depth"]
+    assert settings["lr"] == DEFAULTS["lr"]
+
+
+@needs_mnist
+def test_auto_takes_mnist_where_it_is(run, tmp_path):
+    flags = f"--epochs 1 --depth 1 --embed_dim 16 --data_dir {MNIST} --train_samples 64"
+    result = run(train.main, *flags.split())
+    assert result.status == 0 and "(mnist)" in result.out
+    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")[1]["dataset"] == "mnist"
+
+
+def test_auto_without_mnist_or_network_warns_and_trains_on_the_digits(run, tmp_path, monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    flags = "--epochs 1 --depth 1 --embed_dim 16 --train_samples 64 --data_dir none".split()
+    result = run(train.main, *flags)
+    assert result.status == 0
+    assert "WARNING: training on scikit-learn's 8x8 digits, NOT on MNIST" in result.err
+    assert "t10k-labels-idx1-ubyte.gz (MD5 ec29112dd5afa0611ce80d1b7f02629c)" in result.err
+    assert "(digits)" in result.out
+    assert_one_error_line(run(train.main, *flags, "--dataset", "mnist"), "cannot be downloaded")
+
+
+def test_help_groups_the_flags_and_gives_every_default(run):
+    text = " ".join(run(train.main, "--help").out.split())
+    for heading in ("data:", "recipe", "model:", "machine:", "what is written:"):
+        assert heading in text
+    for name, value in DEFAULTS.items():
+        assert re.search(rf"--{name} .*?\(default: {re.escape(str(value))}\)", text), name
+
+
+# ----------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--epochs 0", "--epochs '0' whole number of at least 1"),
+        ("--epochs 1.5", "--epochs '1.5'"),
+        ("--epochs 99999999999999999999", "--epochs"),
+        ("--batch_size -1", "--batch_size '-1'"),
+        ("--lr nan", "--lr 'nan' above 0"),
+        ("--lr inf", "--lr 'inf'"),
+        ("--lr 0", "--lr '0'"),
+        ("--weight_decay -1", "--weight_decay '-1'"),
+        ("--dropout 1", "--dropout '1' below 1"),
+        ("--label_smoothing 2", "--label_smoothing"),
+        ("--embed_dim 96 --num_heads 5", "--embed_dim 96 not divisible --num_heads 5"),
+        ("--patch_size 5", "--patch_size 5 28"),
+        ("--device foo", "--device foo expected cpu cuda"),
+        ("--device cuda:x", "--device cuda:x"),
+        ("--dataset imagenet", "--dataset imagenet mnist digits"),
+        ("--epcohs 3", "--epcohs did you mean --epochs?"),
+        ("--epochs", "--epochs expected one argument"),
+        ("stray", "stray --help"),
+        ("--save_dir file/x", "file/x cannot be written"),
+        ("--output_dir file", "file/training_curves.png cannot be written"),
+        ("--todo_path .", "cannot be written folder"),
+        pytest.param(
+            "--device cuda",
+            "--device cuda no CUDA --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here"),
+        ),
+    ],
+)
+def test_wrong_usage_ends_in_one_line_before_anything_is_written(run, tmp_path, flags, words):
+    (tmp_path / "file").write_text("kept")
+    result = run(train.main, "--dataset", "digits", *flags.split())
+    assert_one_error_line(result, *words.split())
+    assert (tmp_path / "file").read_text() == "kept"
+    assert not list(tmp_path.rglob("history.json")) and not list(tmp_path.rglob("*.tmp*"))
+
+
+@needs_mnist
+def test_a_truncated_mnist_file_is_an_error_not_a_reason_for_the_digits(run, tmp_path):
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (MNIST / "MNIST" / "raw").glob("*.gz"):
+        content = path.read_bytes()
+        (raw / path.name).write_bytes(content[:-100] if "t10k-images" in path.name else content)
+    result = run(train.main)
+    assert_one_error_line(result, "t10k-images-idx3-ubyte.gz is damaged", "delete it")
+
+
+# ----------------------------------------------------------------------------------------- stopping
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_ctrl_c_leaves_model_history_and_todo_consistent(tmp_path):
+    command = [sys.executable, "-u", ROOT / "src" / "train.py", *QUICK, "--epochs", "500"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("Epoch  2/"):
+            time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            break
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert re.fullmatch(r"interrupted after (\d+) of 500 epochs: .*best_model.pt.*\n", err), err
+    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
+    finished = len(history["epochs"])
+    assert finished >= 2 and f"after {finished} of" in err and history["test"] is None
+    assert sum("done" in row for row in todo_rows(tmp_path)) == finished
+    best = max(history["epochs"], key=lambda row: row["val_acc"])
+    _, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
+    assert (checkpoint["epoch"], checkpoint["best_acc"]) == (best["epoch"], best["val_acc"])
+    assert not list(tmp_path.rglob("*.tmp*"))

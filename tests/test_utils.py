@@ -1,0 +1,291 @@
+"""Data, augmentation, metrics and TODO.md."""
+
+import gzip
+import math
+
+import pytest
+import torch
+from conftest import MNIST, needs_mnist
+from torch import nn
+
+import utils
+from augment import RandomAffine, resample
+from cli import UserError
+from utils import BatchLoader, Split, accuracy, evaluate, reset_todo_md, update_todo_md
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return utils.load_digits()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Every download fails at once: the proxy is a port where nothing listens."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+
+
+# -------------------------------------------------------------------------------------- data sets
+
+
+def test_digits_are_divided_without_overlap_or_loss(digits):
+    parts = (digits.train, digits.val, digits.test)
+    assert [len(part) for part in parts] == [1437, 180, 180]
+    # Some of scikit-learn's digits are equal to the last pixel, so count them as a multiset.
+    keys = [image.numpy().tobytes() for part in parts for image in part.images]
+    from sklearn.datasets import load_digits
+
+    assert len(keys) == len(load_digits().target) == 1797
+    labels = torch.cat([part.labels for part in parts])
+    assert torch.equal(labels.bincount(), torch.from_numpy(load_digits().target).bincount())
+    assert torch.equal(utils.load_digits().train.images, digits.train.images)
+
+
+def test_digits_have_mnists_form(digits):
+    images = digits.train.images
+    assert images.shape[1:] == (1, 28, 28) and images.dtype == torch.uint8
+    assert not images[:, :, :4].any() and not images[:, :, :, -4:].any()
+    pixels = images.float() / 255
+    assert digits.mean == pytest.approx(pixels.mean().item(), abs=1e-3)
+    assert digits.std == pytest.approx(pixels.std().item(), abs=1e-3)
+
+
+@needs_mnist
+def test_mnist_is_divided_as_published():
+    data = utils.load_mnist(MNIST)
+    assert [len(part) for part in (data.train, data.val, data.test)] == [54_000, 6_000, 10_000]
+    labels = torch.cat((data.train.labels, data.val.labels))
+    assert labels.bincount().tolist()[:3] == [5923, 6742, 5958]
+    assert data.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+    pixels = torch.cat((data.train.images, data.val.images)).float() / 255
+    assert pixels.mean().item() == pytest.approx(data.mean, abs=1e-4)
+    assert pixels.std().item() == pytest.approx(data.std, abs=1e-4)
+
+
+@needs_mnist
+def test_unpacked_mnist_files_serve_too(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in utils.MNIST_FILES:
+        packed = (MNIST / "MNIST" / "raw" / f"{name}.gz").read_bytes()
+        (raw / name).write_bytes(gzip.decompress(packed))
+    data, same = utils.load_mnist(tmp_path), utils.load_mnist(MNIST)
+    assert torch.equal(data.train.images, same.train.images)
+    assert torch.equal(data.test.labels, same.test.labels)
+
+    images = raw / "t10k-images-idx3-ubyte"
+    whole = images.read_bytes()
+    images.write_bytes(whole[:-1])
+    with pytest.raises(
+        UserError, match=r"t10k-images-idx3-ubyte .*7840015 bytes, expected 7840016"
+    ):
+        utils.load_mnist(tmp_path)
+    images.write_bytes(b"\1" + whole[1:])
+    with pytest.raises(UserError, match="does not begin as an IDX file"):
+        utils.load_mnist(tmp_path)
+
+
+@needs_mnist
+def test_get_mnist_loaders_gives_the_three_splits():
+    loaders = utils.get_mnist_loaders(MNIST, batch_size=64)
+    assert [len(loader.split) for loader in loaders] == [54_000, 6_000, 10_000]
+    images, labels = next(iter(loaders[0]))
+    assert images.shape == (64, 1, 28, 28) and labels.shape == (64,)
+
+
+def test_a_damaged_file_is_named_with_what_was_expected(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in utils.MNIST_FILES:
+        (raw / f"{name}.gz").write_bytes(b"not the published file")
+    with pytest.raises(UserError) as caught:
+        utils.load_mnist(tmp_path)
+    message = str(caught.value)
+    assert "train-images-idx3-ubyte.gz is damaged" in message
+    assert "f68b3c2dcbeaaa9fbdd348bbdeb94873" in message and "delete it" in message
+    assert (raw / "train-images-idx3-ubyte.gz").read_bytes() == b"not the published file"
+
+
+def test_missing_files_are_named_with_where_they_go(tmp_path, offline):
+    with pytest.raises(utils.DataMissingError) as caught:
+        utils.load_mnist(tmp_path / "none")
+    message = str(caught.value)
+    for name, (md5, _) in utils.MNIST_FILES.items():
+        assert f"{name}.gz (MD5 {md5})" in message
+    assert str(tmp_path / "none" / "MNIST" / "raw") in message
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+
+def batches(loader: BatchLoader) -> torch.Tensor:
+    return torch.cat([images for images, _ in loader])
+
+
+def test_training_images_change_from_pass_to_pass_and_the_others_never(digits):
+    train, val, test = utils.make_loaders(digits, batch_size=100)
+    first, second = batches(train), batches(train)
+    assert first.shape == second.shape == (1437, 1, 28, 28)
+    # Neither pass has an image as it lies in the data set, nor one of the other pass.
+    raw = (digits.train.images.float() / 255 - digits.mean) / digits.std
+    for other in (second, raw):
+        assert torch.cdist(first[:200].flatten(1), other.flatten(1)).min() > 1e-3
+    for loader, split in ((val, digits.val), (test, digits.test)):
+        expected = (split.images.float() / 255 - digits.mean) / digits.std
+        for _ in range(2):
+            torch.testing.assert_close(batches(loader), expected)
+
+
+def test_every_training_image_comes_once_a_pass(digits):
+    marked = Split(torch.zeros(1000, 1, 28, 28, dtype=torch.uint8), torch.arange(1000))
+    loader = BatchLoader(marked, 128, 0.0, 1.0, shuffle=True)
+    order = [torch.cat([labels for _, labels in loader]) for _ in range(2)]
+    for labels in order:
+        assert torch.equal(labels.sort().values, torch.arange(1000))
+    assert not torch.equal(*order)
+    assert len(loader) == 8
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_batches_depend_on_the_seed_alone(digits, num_workers):
+    def one(seed, workers=0):
+        return utils.make_loaders(digits, 64, workers, seed=seed)[0]
+
+    expected, loader = one(7), one(7, num_workers)
+    torch.manual_seed(num_workers)  # the global generator has no part in it
+    for _ in range(2):
+        for (a, x), (b, y) in zip(expected, loader, strict=True):
+            assert torch.equal(a, b) and torch.equal(x, y)
+    assert not torch.equal(batches(one(7)), batches(one(8)))
+
+
+def test_a_loader_left_early_stops_its_workers(digits):
+    loader = utils.make_loaders(digits, 16, 2)[0]
+    for _ in loader:
+        break
+    assert len(batches(loader)) == 1437
+
+
+# ----------------------------------------------------------------------------------- augmentation
+
+
+def test_resample_turns_counter_clockwise_and_moves_right_and_down():
+    image = torch.rand(1, 1, 28, 28)
+    turned = resample(image, torch.tensor([math.pi / 2]), torch.zeros(1, 2))
+    torch.testing.assert_close(turned, image.rot90(1, (2, 3)), atol=1e-4, rtol=0)
+    moved = resample(image, torch.zeros(1), torch.tensor([[3 / 14, 5 / 14]]))
+    torch.testing.assert_close(moved[..., 5:, 3:], image[..., :-5, :-3], atol=1e-4, rtol=0)
+    assert not moved[..., :4, :].any() and not moved[..., :2].any()
+
+
+def test_resample_equals_a_slow_exact_version():
+    torch.manual_seed(0)
+    image = torch.rand(9, 9, dtype=torch.float64)
+    angle, (dx, dy) = 0.3, (1.25, -0.5)  # pixels
+    shift = torch.tensor([[dx, dy]], dtype=torch.float64) * 2 / 9
+    fast = resample(image[None, None], torch.tensor([angle], dtype=torch.float64), shift)[0, 0]
+    for row in range(9):
+        for column in range(9):
+            # Back: undo the shift, then the turn about the centre; y grows downwards.
+            x, y = column - 4 - dx, row - 4 - dy
+            source_x = math.cos(angle) * x - math.sin(angle) * y + 4
+            source_y = math.sin(angle) * x + math.cos(angle) * y + 4
+            value = 0.0
+            for r in range(9):
+                for c in range(9):
+                    weight = max(0, 1 - abs(source_x - c)) * max(0, 1 - abs(source_y - r))
+                    value += weight * image[r, c].item()
+            assert fast[row, column].item() == pytest.approx(value, abs=1e-9)
+
+
+def test_random_affine_turns_and_moves_within_its_limits_and_never_flips():
+    # Each image is a plane, x or y; where it is read from in the middle tells the whole map.
+    line = torch.arange(28.0) - 13.5
+    x = line.expand(500, 1, 28, 28) + 100  # + 100: far from the 0 that comes in from outside
+    y = line.view(28, 1).expand(500, 1, 28, 28) + 100
+    augment = RandomAffine(degrees=7.0, translate=0.1)
+    x, y = (augment(p, torch.Generator().manual_seed(3))[:, 0] - 100 for p in (x, y))
+    dx, dy = (
+        torch.stack((p[:, 13, 14] - p[:, 13, 13], p[:, 14, 13] - p[:, 13, 13])) for p in (x, y)
+    )
+    determinant = dx[0] * dy[1] - dx[1] * dy[0]
+    torch.testing.assert_close(determinant, torch.ones(500), atol=1e-3, rtol=0)  # a flip has -1
+    angles = torch.atan2(dy[0], dx[0]).rad2deg()
+    assert angles.abs().max() <= 7.01 and angles.min() < -6.5 and angles.max() > 6.5
+    for p in (x, y):
+        centre = p[:, 13:15, 13:15].mean(dim=(1, 2))  # turning it back leaves its length
+        assert 2.0 < centre.abs().max() <= 2.8 * math.sqrt(2)
+    radius = (
+        x[:, 13:15, 13:15].mean(dim=(1, 2)) ** 2 + y[:, 13:15, 13:15].mean(dim=(1, 2)) ** 2
+    ).sqrt()
+    assert radius.max() <= 2.8 * math.sqrt(2) + 1e-3
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def test_accuracy_by_hand():
+    output = torch.tensor([[3.0, 2.0, 1.0], [1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0]])
+    target = torch.tensor([0, 2, 2, 1])
+    assert accuracy(output, target, topk=(1, 2, 3)) == [50.0, 75.0, 100.0]
+    assert accuracy(output, target) == [50.0]
+    assert accuracy(output, target, topk=(1, 5))[1] == 100.0  # fewer classes than k
+
+
+def test_evaluate_weighs_a_smaller_last_batch_less_and_leaves_the_mode():
+    torch.manual_seed(0)
+    split = Split(torch.randint(0, 256, (10, 1, 28, 28), dtype=torch.uint8), torch.arange(10) % 3)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 6)).train()
+    criterion = nn.CrossEntropyLoss()
+    whole = evaluate(model, BatchLoader(split, 10, 0.5, 0.5), criterion, "cpu")
+    for batch_size in (1, 3, 4, 7):
+        parts = evaluate(model, BatchLoader(split, batch_size, 0.5, 0.5), criterion, "cpu")
+        assert parts == pytest.approx(whole, rel=1e-6)
+    assert model.training
+    logits = model.eval()((split.images.float() / 255 - 0.5) / 0.5)
+    assert whole[0] == pytest.approx(criterion(logits, split.labels).item(), rel=1e-6)
+    assert whole[1:] == pytest.approx(accuracy(logits, split.labels, (1, 5)))
+
+
+# ---------------------------------------------------------------------------------------- TODO.md
+
+
+def rows(path) -> list[list[str]]:
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_todo_rows_are_filled_in_and_other_text_stays(tmp_path):
+    path = tmp_path / "TODO.md"
+    path.write_text("# Plans\n\n- [ ] read this\n\n## Training progress\n\nbefore\n")
+    reset_todo_md(3, path)
+    path.write_text(path.read_text() + "\nafter | the | table\n")
+    update_todo_md(1, 1.23456, 87.654, True, path)
+    update_todo_md(2, 0.5, 87.0, False, path)
+    first, second, third = rows(path)
+    assert first[:5] == ["1", "done", "1.2346", "87.65", "yes"] and first[5].startswith("20")
+    assert second[:5] == ["2", "done", "0.5000", "87.00", "no"]
+    assert third == ["3", "not started", "", "", "", ""]
+    for kept in ("- [ ] read this", "before", "after | the | table"):
+        assert path.read_text().count(kept) == 1
+
+
+def test_a_new_run_resets_the_table_to_its_epochs(tmp_path):
+    path = tmp_path / "new" / "TODO.md"
+    for epochs in (5, 2, 12):
+        reset_todo_md(epochs, path)
+        update_todo_md(1, 1.0, 50.0, True, path)
+        assert len(rows(path)) == epochs
+        assert path.read_text().count("Training progress") == 1
+
+
+def test_a_table_edited_by_hand_does_not_stop_a_run(tmp_path):
+    path = tmp_path / "TODO.md"
+    path.write_bytes(b"caf\xe9\n")  # not UTF-8
+    update_todo_md(7, 0.1, 99.0, True, path)
+    update_todo_md(8, 0.1, 99.0, True, path)
+    assert path.read_bytes().startswith(b"caf\xe9\n")
+    path.write_text(path.read_text("latin-1"))
+    assert [row[0] for row in rows(path)] == ["7", "8"]

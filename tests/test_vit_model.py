@@ -1,0 +1,155 @@
+"""The network: sizes and names as published, parts that do what their papers say."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from vit_model import Attention, Dropout, PatchEmbed, TransformerBlock, ViT, count_parameters
+
+BLOCK = {
+    "norm1.weight": (96,),
+    "norm1.bias": (96,),
+    "norm2.weight": (96,),
+    "norm2.bias": (96,),
+    "attn.in_proj_weight": (288, 96),
+    "attn.in_proj_bias": (288,),
+    "attn.out_proj.weight": (96, 96),
+    "attn.out_proj.bias": (96,),
+    "mlp.0.weight": (384, 96),
+    "mlp.0.bias": (384,),
+    "mlp.3.weight": (96, 384),
+    "mlp.3.bias": (96,),
+}
+PUBLISHED = {
+    "cls_token": (1, 1, 96),
+    "pos_embed": (1, 17, 96),
+    "patch_embed.proj.weight": (96, 1, 7, 7),
+    "patch_embed.proj.bias": (96,),
+    "norm.weight": (96,),
+    "norm.bias": (96,),
+    "head.weight": (10, 96),
+    "head.bias": (10,),
+    **{f"blocks.{i}.{name}": shape for i in range(16) for name, shape in BLOCK.items()},
+}
+
+
+def test_default_network_has_the_published_parameters():
+    model = ViT()
+    assert count_parameters(model) == 1_797_130
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == PUBLISHED
+
+
+def test_running_the_file_prints_shape_and_count():
+    command = [sys.executable, ROOT / "src" / "vit_model.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "(2, 10)" in printed and "1,797,130" in printed
+
+
+def test_frozen_parameters_are_not_counted():
+    model = ViT(depth=1)
+    before = count_parameters(model)
+    model.head.requires_grad_(False)
+    assert count_parameters(model) == before - 970
+
+
+def test_patches_are_projected_one_by_one_in_reading_order():
+    embed = PatchEmbed(img_size=28, patch_size=7, in_chans=1, embed_dim=8)
+    image = torch.randn(1, 1, 28, 28)
+    tokens = embed(image)
+    assert tokens.shape == (1, 16, 8)
+    patch = image[0, 0, 7:14, 14:21]  # second row, third column: number 6
+    expected = embed.proj.weight.view(8, 49) @ patch.flatten() + embed.proj.bias
+    torch.testing.assert_close(tokens[0, 6], expected)
+
+
+def test_attention_equals_pytorchs_with_the_same_weights():
+    ours, theirs = Attention(96, 4).eval(), nn.MultiheadAttention(96, 4, batch_first=True).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 17, 96)
+    torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
+
+
+def test_block_is_pre_norm_with_two_residuals():
+    block = TransformerBlock(48, 4).eval()
+    x = torch.randn(2, 17, 48)
+    middle = x + block.attn(block.norm1(x))
+    torch.testing.assert_close(block(x), middle + block.mlp(block.norm2(middle)))
+    assert block.norm1.eps == block.norm2.eps == 1e-6
+    assert isinstance(block.mlp[1], nn.GELU) and block.mlp[1].approximate == "none"
+
+
+def test_only_the_cls_token_is_read():
+    model = ViT(depth=1).eval()
+    seen = []
+    model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(torch.randn(2, 1, 28, 28))
+    assert seen[0].shape == (2, 96)
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = ViT()
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.1)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert len(linear) == 16 * 3 + 1
+    for layer in linear:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.15)
+        assert not layer.bias.any()
+    conv = model.patch_embed.proj
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (96 * 49)), rel=0.05)
+    assert not conv.bias.any()
+    bound = math.sqrt(6 / (96 + 288))  # Xavier uniform, as nn.MultiheadAttention starts
+    packed = model.blocks[3].attn.in_proj_weight
+    assert bound * 0.99 < packed.abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("shape", [(128, 17, 96), (3, 5, 7)])
+def test_dropout_drops_p_of_the_values_and_scales_the_rest(shape):
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.1), torch.ones(shape)
+    out = dropout(x)
+    assert set(out.unique().tolist()) == {0.0, out.max().item()}
+    assert out.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
+    tolerance = 4 * math.sqrt(0.1 * 0.9 / x.numel())
+    assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=tolerance)
+
+
+def test_dropout_repeats_with_the_seed_and_differs_without():
+    dropout, x = Dropout(0.5), torch.ones(64, 64)
+    torch.manual_seed(1)
+    first, second = dropout(x), dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), first)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_sends_gradients_through_what_it_kept():
+    x = torch.ones(40, 40, requires_grad=True)
+    out = Dropout(0.3)(x)
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.9999999])
+def test_dropout_takes_extreme_p(p):
+    assert Dropout(p)(torch.ones(100)).isfinite().all()
+    assert torch.equal(Dropout(p).eval()(torch.ones(100)), torch.ones(100))
+
+
+def test_sizes_that_do_not_fit_are_told():
+    with pytest.raises(ValueError, match="28 is not divisible by patch_size 5"):
+        ViT(patch_size=5)
+    with pytest.raises(ValueError, match="96 is not divisible by num_heads 5"):
+        ViT(num_heads=5)
+    with pytest.raises(ValueError, match="28x28"):
+        ViT(depth=1)(torch.zeros(1, 1, 27, 28))
+
+
+def test_other_sizes_work():
+    model = ViT(32, 8, 3, 7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5).eval()
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
