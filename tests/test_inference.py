@@ -198,8 +198,8 @@ def test_mnists_own_images_come_out_as_they_are(tmp_path):
     for image in load_mnist(MNIST).test.images[:100, 0].numpy():
         Image.fromarray(image).save(tmp_path / "digit.png")
         difference = read_digit(tmp_path / "digit.png").astype(int) - image
-        same += np.abs(difference).max() <= 2  # the strongest ink, 253 or 254, is made 255
-    assert same >= 97  # a faint pixel at the digit's edge can be taken for paper
+        same += np.abs(difference).mean() < 0.5  # of 255: a faint edge may be taken for paper
+    assert same >= 97
 
 
 # ----------------------------------------------------------------------------------------- errors
