@@ -93,6 +93,8 @@ def main() -> None:
     precision = cli.choose_precision("auto", device)
     images = args.steps * args.batch_size
 
+    if images > 54_000:
+        raise cli.UserError(f"--steps x --batch_size are {images} images, MNIST trains on 54,000")
     dataset = utils.load_mnist(args.data_dir)
     settings = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
     model, plain = ViT().to(device), plain_model().to(device)

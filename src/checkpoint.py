@@ -5,6 +5,7 @@ A checkpoint is a dict. Four keys are the published ones: `epoch`, `model_state_
 `dataset`, `class_names`, `settings` and `versions`, all that it takes to use the model.
 """
 
+import io
 import platform
 import re
 import warnings
@@ -42,8 +43,10 @@ def versions() -> dict[str, str]:
 
 def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all. Raises UserError if it can't be written."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
+    content = io.BytesIO()  # PyTorch's own error on a full disk hides the reason
+    torch.save(checkpoint, content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:

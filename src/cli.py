@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -44,17 +45,18 @@ def _with_underscores(arg: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def integer(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `minimum`."""
+def integer(minimum: int, maximum: int = 2**31) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or not minimum <= value < 2**63:
+        if value is None or not minimum <= value <= maximum:
+            limit = f" and at most {maximum}" if value is not None and value > maximum else ""
             raise argparse.ArgumentTypeError(
-                f"{text!r} given, expected a whole number of at least {minimum}"
+                f"{text[:40]!r} given, expected a whole number of at least {minimum}{limit}"
             )
         return value
 
@@ -94,17 +96,17 @@ def choose_device(name: str) -> torch.device:
     """The device that `--device` names. Raises UserError if it is none or not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (kind == "cpu" and index) or not (index or "0").isdecimal():
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,3}))?", name):
         raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if name != "cpu" and not torch.cuda.is_available():
         raise UserError(
             f"--device {name}: PyTorch {torch.__version__} finds no CUDA GPU here; "
             "use --device cpu, or check the driver"
         )
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    device = torch.device(name)
+    if (device.index or 0) >= torch.cuda.device_count() and device.type == "cuda":
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, from cuda:0")
-    return torch.device(name)
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -130,14 +132,24 @@ def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> No
     print(f"Test Loss: {loss:.4f}\nTest Acc: {top1:.2f} %\nTest Top-5: {top5:.2f} %  ({dataset})")
 
 
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process: 0, 2 after a `UserError`, 130 after Ctrl-C."""
     try:
         main()
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        # The CPU's allocator has no exception type of its own.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+            "DefaultCPUAllocator" not in str(error)
+        ):
+            raise
+        _fail("out of memory; give a smaller --batch_size or network")
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from cli import UserError
 
 MAX_SIDE = 10_000  # pixels; a larger picture would take gigabytes to decode
+WORKING_SIDE = 2_000  # pixels; larger pictures are shrunk before they are looked at
 MIN_CONTRAST = 0.1  # of black to white; below that, what stands out is noise
 BACKGROUND = 0.2  # of the ink's strength; fainter pixels don't widen the digit's box
 
@@ -24,63 +25,73 @@ def read_digit(path: str | Path) -> np.ndarray:
     Raises:
         UserError: there is no such file, Pillow can't read it, it is too large or shows nothing.
     """
-    ink = _ink(_read_grey(Path(path)))
-    if ink is None:
-        raise UserError(
-            f"image {path} is blank: expected one digit, dark on light or light on dark"
-        )
+    path = Path(path)
+    ink = _ink(_read_grey(path))
+    if ink.max() < MIN_CONTRAST:
+        raise UserError(f"image {path} is blank: expected one digit, dark on light or the reverse")
+    ink /= ink.max()
     rows, columns = (np.flatnonzero((ink > BACKGROUND).any(axis=axis)) for axis in (1, 0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return _centre(_fit(ink))
+    return _centre(_fit(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
 
 
 def _read_grey(path: Path) -> np.ndarray:
     """The picture's brightness in [0, 1], as it is seen: turned upright, laid on paper."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_SIDE sees to it
+            # The size is looked at here, and a warning of Pillow's is one more line for the user.
+            warnings.simplefilter("ignore")
             image = Image.open(path)
-        if max(image.size) > MAX_SIDE:
-            raise UserError(
-                f"image {path} is {image.width}x{image.height} pixels, "
-                f"expected at most {MAX_SIDE} a side: scale it down"
-            )
-        image = ImageOps.exif_transpose(image)
+            if max(image.size) > MAX_SIDE:
+                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel
-            grey = np.asarray(image, dtype=np.float64)
-            low, high = np.nanmin(grey), np.nanmax(grey)
-            return np.nan_to_num((grey - low) / max(high - low, 1e-9))
-        if not image.has_transparency_data:
-            return np.asarray(image.convert("L"), dtype=np.float64) / 255
-        grey, alpha = np.moveaxis(np.asarray(image.convert("LA"), dtype=np.float64) / 255, -1, 0)
+            grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
+            white = next((top for top in (1, 255, 65535) if grey.max() <= top), grey.max())
+            return np.clip(grey / white, 0, 1)
+        transparent = image.has_transparency_data
+        image = image.convert("LA" if transparent else "L")
+        if max(image.size) > WORKING_SIDE:
+            image = image.reduce(-(-max(image.size) // WORKING_SIDE))
+        pixels = np.asarray(image, dtype=np.float32) / 255
+        if not transparent:
+            return pixels
+        grey, alpha = pixels[..., 0], pixels[..., 1]
         # A drawing on nothing is laid on the paper that it can be seen on.
         paper = float(np.average(grey, weights=alpha + 1e-9) < 0.5)
         return grey * alpha + paper * (1 - alpha)
     except FileNotFoundError:
         raise UserError(f"image {path} not found: name an existing image file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "no picture that Pillow can read, or a damaged one"
-        if isinstance(error, (IsADirectoryError, PermissionError)):
-            reason = error.strerror
-        raise UserError(f"image {path} cannot be read: {reason}; give a PNG or JPEG file") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"image {path} is too large ({error}): expected at most {MAX_SIDE} pixels a side, "
+            "scale it down"
+        ) from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"image {path} cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's decoders raise whatever comes on damaged files
+        raise UserError(
+            f"image {path} cannot be read: damaged, or no picture of a kind that Pillow knows; "
+            "give a PNG or JPEG file"
+        ) from None
 
 
-def _ink(grey: np.ndarray) -> np.ndarray | None:
-    """How much each pixel differs from the background, strongest 1; None if none does."""
+def _ink(grey: np.ndarray) -> np.ndarray:
+    """How much each pixel differs from the background, in the direction in which most do."""
     border = np.concatenate((grey[0], grey[-1], grey[:, 0], grey[:, -1]))
     background = np.median(border)
     dark_on_light = background - grey.min() > grey.max() - background
-    ink = np.maximum(background - grey if dark_on_light else grey - background, 0.0)
-    return ink / ink.max() if ink.max() >= MIN_CONTRAST else None
+    return np.maximum(background - grey if dark_on_light else grey - background, 0.0)
 
 
 def _fit(ink: np.ndarray) -> np.ndarray:
-    """Scale so that the longer side is 20 pixels."""
+    """Scale so that the longer side is 20 pixels and the strongest ink 1."""
     height, width = ink.shape
     scale = 20 / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    image = Image.fromarray(np.round(ink * 255).astype(np.uint8))
-    small = np.asarray(image.resize(size, Image.Resampling.LANCZOS), dtype=np.float64)
+    small = Image.fromarray(ink.astype(np.float32)).resize(size, Image.Resampling.LANCZOS)
+    small = np.maximum(np.asarray(small), 0.0)
     return small / small.max()  # thin lines of a large picture fade as it shrinks
 
 
@@ -94,5 +105,5 @@ def _centre(digit: np.ndarray) -> np.ndarray:
         corner.append(int(np.clip(round(14 - centre), 0, 28 - length)))
     top, left = corner
     height, width = digit.shape
-    canvas[top : top + height, left : left + width] = np.round(digit * 255)
+    canvas[top : top + height, left : left + width] = np.round(digit * 255).astype(np.uint8)
     return canvas

@@ -5,13 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from cli import UserError
 from files import replacing
 
 # Okabe & Ito's palette, told apart with any colour vision: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+
+
+def check_format(path: Path) -> None:
+    """Raise UserError if no picture can be written in the format of the name's ending."""
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise UserError(f"{path} names no format of a picture: end it in .png, .pdf or .svg")
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -20,8 +29,9 @@ def save(figure: Figure, path: str | Path) -> None:
         figure.savefig(temporary, dpi=150)
 
 
-def training_curves(history: dict[str, Any], path: str | Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs of a `history.json`."""
+def training_curves(history: dict[str, Any]) -> Figure:
+    """Draw loss, accuracy and learning rate over the epochs of a finished run's
+    `history.json`."""
     epochs = [row["epoch"] for row in history["epochs"]]
 
     def column(name: str) -> list[float]:
@@ -51,20 +61,16 @@ def training_curves(history: dict[str, Any], path: str | Path) -> None:
     rate.plot(epochs, column("lr"), color=GREY, **line)
     rate.set_ylim(bottom=0)
     title = f"ViT on {history['dataset']}"
-    if history["test"] is not None:
-        title += f": {history['test']['top1']:.2f} % on the test set"
+    title += f": {history['test']['top1']:.2f} % on the test set"
     figure.suptitle(title)
-    save(figure, path)
+    return figure
 
 
 def predictions(
-    images: np.ndarray,
-    labels: Sequence[str],
-    predicted: Sequence[str],
-    title: str,
-    path: str | Path,
-) -> None:
-    """Draw images (n, H, W) in a grid, each under its predicted and true label."""
+    images: np.ndarray, labels: Sequence[str], predicted: Sequence[str], title: str
+) -> Figure:
+    """Draw images (n, H, W) in a grid, each under its predicted and true label: green where they
+    agree, red where not."""
     side = max(1, int(np.ceil(np.sqrt(len(images)))))
     figure = Figure(figsize=(2 * side, 2.25 * side + 0.4), layout="constrained")
     grid = figure.subplots(side, side, squeeze=False).ravel()
@@ -78,4 +84,4 @@ def predictions(
             text, color=GREEN if right else RED, fontweight="normal" if right else "bold"
         )
     figure.suptitle(title)
-    save(figure, path)
+    return figure

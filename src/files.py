@@ -20,12 +20,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         UserError: the folder or the file can't be written. What stood at `path` is still there.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a symbolic link stays, and what it names is replaced
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
+        _make_room(path)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -45,20 +43,24 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, data: Any) -> None:
     """Write `data` to `path` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
 def check_writable(path: str | Path) -> None:
     """Raise UserError now, rather than after an hour, if the file `path` can't be written later."""
-    path = Path(path)
+    path = Path(path).resolve()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
+        _make_room(path)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise _cannot_write(path, error) from None
+
+
+def _make_room(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # renaming over a device would put a file there
+        raise OSError(None, "it is a folder or a device")
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

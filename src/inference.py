@@ -1,6 +1,7 @@
 """Use a trained model: picture its predictions, score it, export it, read one's own digits."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cli import UserError
 from digit_image import read_digit
 from files import check_writable, replacing, write_json
 from recipes import DATASET_SETTINGS
-from utils import BatchLoader, evaluate, load_dataset, make_loaders
+from utils import BatchLoader, evaluate, load_dataset
 from vit_model import ViT
 
 DEFAULT_OUTPUT = {
@@ -37,7 +38,9 @@ def parse_args() -> argparse.Namespace:
         "evaluate: score on the test set; predict: your own images",
     )
     parser.add_argument("--checkpoint", default="./checkpoints/best_model.pt", help="trained model")
-    parser.add_argument("--image", nargs="+", metavar="FILE", help="for predict: image files")
+    parser.add_argument(
+        "--image", nargs="+", action="extend", metavar="FILE", help="for predict: image files"
+    )
     files = ", ".join(f"{mode}: {path}" for mode, path in DEFAULT_OUTPUT.items())
     parser.add_argument(
         "--output", default=argparse.SUPPRESS, help=f"file that is written (default: {files})"
@@ -51,6 +54,8 @@ def parse_args() -> argparse.Namespace:
     if (args.mode == "predict") != (args.image is not None):
         raise UserError("--mode predict and --image FILE go together: give both or neither")
     args.output = Path(getattr(args, "output", DEFAULT_OUTPUT[args.mode]))
+    if args.mode == "visualize":
+        figures.check_format(args.output)
     return args
 
 
@@ -59,16 +64,17 @@ def test_loader(checkpoint: dict[str, Any], data_dir: str, device: torch.device)
     if checkpoint["dataset"] not in DATASET_SETTINGS:
         names = ", ".join(DATASET_SETTINGS)
         raise UserError(f"the checkpoint is for data set {checkpoint['dataset']!r}, not {names}")
-    split = make_loaders(load_dataset(checkpoint["dataset"], data_dir), device=device)[2].split
+    split = load_dataset(checkpoint["dataset"], data_dir).test.to(device)
     return BatchLoader(split, 500, **checkpoint["normalization"])
 
 
+@torch.no_grad()
 def visualize(model: ViT, loader: BatchLoader, class_names: list[str], seed: int | None) -> dict:
     """Predict 16 random test images. Returns the arguments of `figures.predictions`."""
     generator = np.random.default_rng(seed)
     chosen = torch.from_numpy(generator.permutation(len(loader.split))[:16])
     part = loader.split[chosen.to(loader.split.labels.device)]
-    ((images, labels),) = BatchLoader(part, 16, loader.mean, loader.std)
+    images, labels = next(iter(BatchLoader(part, 16, loader.mean, loader.std)))
     guesses = model(images).argmax(dim=1)
     return {
         "images": part.images[:, 0].cpu().numpy(),
@@ -77,8 +83,14 @@ def visualize(model: ViT, loader: BatchLoader, class_names: list[str], seed: int
     }
 
 
-def export_onnx(model: ViT, config: dict[str, Any], path: Path) -> float:
+@torch.no_grad()
+def export_onnx(model: ViT, config: dict[str, Any], metadata: dict[str, str], path: Path) -> float:
     """Export to one ONNX file with a free batch axis, check it, and run it against PyTorch.
+
+    Args:
+        model: on the CPU.
+        config: the model's arguments, for the size of its images.
+        metadata: what the file says of itself.
 
     Returns:
         The largest difference of a logit over batches of 1, 7 and 128 random images.
@@ -106,6 +118,9 @@ def export_onnx(model: ViT, config: dict[str, Any], path: Path) -> float:
             dynamo=True,
             verbose=False,
         )
+        exported = onnx.load(temporary)
+        onnx.helper.set_model_props(exported, metadata)
+        onnx.save(exported, temporary)
         onnx.checker.check_model(temporary, full_check=True)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         largest = 0.0
@@ -121,6 +136,7 @@ def export_onnx(model: ViT, config: dict[str, Any], path: Path) -> float:
     return largest
 
 
+@torch.no_grad()
 def predict(model: ViT, images: np.ndarray, normalization: dict[str, float]) -> np.ndarray:
     """Class probabilities (n, num_classes) of images in MNIST's form, uint8 (n, 28, 28)."""
     device = next(model.parameters()).device
@@ -129,7 +145,6 @@ def predict(model: ViT, images: np.ndarray, normalization: dict[str, float]) -> 
     return logits.softmax(dim=1).cpu().numpy()
 
 
-@torch.inference_mode()
 def main() -> None:
     args = parse_args()
     device = cli.choose_device(args.device)
@@ -149,7 +164,7 @@ def main() -> None:
         grid = visualize(model.to(device), loader, class_names, args.seed)
         right = sum(a == b for a, b in zip(grid["labels"], grid["predicted"], strict=True))
         title = f"{right} of {len(grid['labels'])} test images right ({checkpoint['dataset']})"
-        figures.predictions(**grid, title=title, path=args.output)
+        figures.save(figures.predictions(**grid, title=title), args.output)
         print(title)
 
     elif args.mode == "evaluate":
@@ -161,7 +176,15 @@ def main() -> None:
         write_json(args.output, {"checkpoint": args.checkpoint, **result})
 
     elif args.mode == "onnx":
-        largest = export_onnx(model, config, args.output)
+        # What a user of the file has to know, and can read from it.
+        metadata = {
+            "dataset": checkpoint["dataset"],
+            "class_names": json.dumps(class_names),
+            "input": "(pixel / 255 - mean) / std, light on black",
+            "mean": str(checkpoint["normalization"]["mean"]),
+            "std": str(checkpoint["normalization"]["std"]),
+        }
+        largest = export_onnx(model, config, metadata, args.output)
         print(f"largest difference from PyTorch on batches of 1, 7 and 128: {largest:.1e}")
 
     else:
@@ -182,7 +205,8 @@ def main() -> None:
                 f"{n}: {100 * p:.1f} %" for n, p in zip(class_names, row, strict=True)
             )
             print(f"{path}: {digit}  ({every})")
-        write_json(args.output, results)
+        trained_on = {"checkpoint": args.checkpoint, "dataset": checkpoint["dataset"]}
+        write_json(args.output, {**trained_on, "images": results})
 
     print(f"Written: {args.output}")
 

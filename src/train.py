@@ -1,6 +1,7 @@
 """Train the Vision Transformer: arguments, data, model, optimizer, loop, checkpoint, report."""
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -44,12 +45,15 @@ def parse_args() -> argparse.Namespace:
         help="auto: mnist, or digits where MNIST can neither be found nor downloaded",
     )
     data.add_argument(
-        "--train_samples", type=cli.integer(1), help="train on N images only, for a quick look"
+        "--train_samples",
+        type=cli.integer(1),
+        metavar="N",
+        help="train on the first N images only, for a quick look; None: on all",
     )
     data.add_argument(
         "--num_workers",
         default=0,
-        type=cli.integer(0),
+        type=cli.integer(0, 256),
         help="threads that prepare batches ahead; 0: none",
     )
 
@@ -59,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         group.add_argument(f"--{name}", type=type, default=argparse.SUPPRESS, help=shown)
 
     recipe = parser.add_argument_group("recipe (the digits have defaults of their own: recipes.py)")
-    add_setting(recipe, "epochs", cli.integer(1), "passes over the training images")
+    add_setting(recipe, "epochs", cli.integer(1, 10**6), "passes over the training images")
     add_setting(recipe, "batch_size", cli.integer(1), "images in a step")
     add_setting(recipe, "lr", cli.number(0, above=True), "AdamW's learning rate at the start")
     add_setting(recipe, "weight_decay", cli.number(0), "AdamW's weight decay")
@@ -71,10 +75,10 @@ def parse_args() -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     add_setting(model, "patch_size", cli.integer(1), "side of a patch in pixels; divides 28")
-    add_setting(model, "embed_dim", cli.integer(1), "width of a token")
-    add_setting(model, "depth", cli.integer(1), "transformer blocks")
+    add_setting(model, "embed_dim", cli.integer(1, 10**5), "width of a token")
+    add_setting(model, "depth", cli.integer(1, 10**4), "transformer blocks")
     add_setting(model, "num_heads", cli.integer(1), "attention heads; divide embed_dim")
-    add_setting(model, "mlp_ratio", cli.number(0, above=True), "MLP width over token width")
+    add_setting(model, "mlp_ratio", cli.number(0, 1000, above=True), "MLP width over token width")
     add_setting(model, "dropout", cli.number(0, 1), "share of values dropped in training")
 
     machine = parser.add_argument_group("machine")
@@ -119,6 +123,8 @@ def settings_for(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
             f"--patch_size {settings['patch_size']} does not divide the image's side of 28: "
             "give 1, 2, 4, 7, 14 or 28"
         )
+    if round(settings["embed_dim"] * settings["mlp_ratio"]) < 1:
+        raise UserError(f"--mlp_ratio {settings['mlp_ratio']} leaves the MLP no neuron: raise it")
     if settings["embed_dim"] % settings["num_heads"] != 0:
         raise UserError(
             f"--embed_dim {settings['embed_dim']} is not divisible by "
@@ -153,7 +159,7 @@ def train_one_epoch(
             nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
 
-        # Summed on the device: a GPU never waits for Python to read a number, but for the bar's.
+        # Summed on the device: Python waits for a GPU only where the bar wants a number.
         total_loss += loss.detach() * len(labels)
         total_hits += (logits.argmax(dim=1) == labels).sum()
         if not bar.disable and step % 20 == 0:
@@ -174,6 +180,7 @@ def main() -> None:
         check_writable(path)
 
     # ------------------------------------------------------------------------------------ data
+    settings_for("mnist" if args.dataset == "auto" else args.dataset, args)  # before a download
     dataset = choose_dataset(args.dataset, args.data_dir)
     settings = settings_for(dataset.name, args)
     train_loader, val_loader, test_loader = make_loaders(
@@ -225,7 +232,7 @@ def main() -> None:
     best_acc, best_epoch = -1.0, 0
     with uninterrupted():
         write_json(history_path, history)
-        reset_todo_md(settings["epochs"], args.todo_path)
+        reset_todo_md(settings["epochs"], args.todo_path, dataset.name)
     try:
         for epoch in range(1, settings["epochs"] + 1):
             start = time.perf_counter()
@@ -240,26 +247,31 @@ def main() -> None:
                 description=f"epoch {epoch}/{settings['epochs']}",
             )
             train_seconds = time.perf_counter() - start
+            if not math.isfinite(train_loss):
+                raise UserError(
+                    f"the loss became {train_loss} in epoch {epoch}: lower --lr {settings['lr']} "
+                    f"or --grad_clip {settings['grad_clip']}; the best model so far is kept"
+                )
             val_loss, val_acc, val_top5 = evaluate(model, val_loader, criterion, device)
             scheduler.step()
             seconds = time.perf_counter() - start
 
             # ---------------------------------------------------------------------- checkpoint
             is_best = val_acc > best_acc
-            history["epochs"].append(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "train_acc": train_acc,
-                    "val_loss": val_loss,
-                    "val_acc": val_acc,
-                    "val_top5": val_top5,
-                    "lr": lr,
-                    "seconds": seconds,
-                    "images_per_second": len(train_loader.split) / train_seconds,
-                }
-            )
             with uninterrupted():
+                history["epochs"].append(
+                    {
+                        "epoch": epoch,
+                        "train_loss": train_loss,
+                        "train_acc": train_acc,
+                        "val_loss": val_loss,
+                        "val_acc": val_acc,
+                        "val_top5": val_top5,
+                        "lr": lr,
+                        "seconds": seconds,
+                        "images_per_second": len(train_loader.split) / train_seconds,
+                    }
+                )
                 if is_best:
                     best_acc, best_epoch = val_acc, epoch
                     save_checkpoint(
@@ -288,7 +300,10 @@ def main() -> None:
             if is_best:
                 print(f"          best so far, saved to {best_path}")
     except KeyboardInterrupt:
-        kept = f"best model (epoch {best_epoch}) in {best_path}" if best_epoch else "no model yet"
+        kept = f"best model (epoch {best_epoch}) in {best_path}"
+        if not best_epoch:
+            kept = "no model of this run yet"
+            kept += f", {best_path} is an earlier run's" if best_path.exists() else ""
         raise KeyboardInterrupt(
             f"interrupted after {len(history['epochs'])} of {settings['epochs']} epochs: {kept}, "
             f"history in {history_path}"
@@ -313,11 +328,12 @@ def main() -> None:
         "avg_time_per_epoch": f"{total_seconds / settings['epochs']:.2f}",
         "best_val_acc": f"{best_acc:.2f}",
         "test_acc": f"{test_acc:.2f}",
+        "dataset": dataset.name,
     }
     with uninterrupted():
         write_json(history_path, history)
         write_text(timing_path, "".join(f"{key}: {value}\n" for key, value in timing.items()))
-        figures.training_curves(history, curves_path)
+        figures.save(figures.training_curves(history), curves_path)
     cli.print_test_result(dataset.name, test_loss, test_acc, test_top5)
     print(f"Best Val Acc: {best_acc:.2f} % @ Epoch {best_epoch}")
     print(

@@ -6,16 +6,17 @@ whole batches there. No image passes through Python on its own.
 
 import gzip
 import hashlib
+import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +26,28 @@ from augment import RandomAffine
 from cli import UserError
 from files import write_text
 
-# Yann LeCun's four files: the MD5 of each as published (.gz) and the shape of what is in it.
+
+class MnistFile(NamedTuple):
+    """One of Yann LeCun's four files: MD5 as published (.gz), MD5 unpacked, shape of its array."""
+
+    packed_md5: str
+    md5: str
+    shape: tuple[int, ...]
+
+
 MNIST_FILES = {
-    "train-images-idx3-ubyte": ("f68b3c2dcbeaaa9fbdd348bbdeb94873", (60000, 28, 28)),
-    "train-labels-idx1-ubyte": ("d53e105ee54ea40749a09fcbcd1e9432", (60000,)),
-    "t10k-images-idx3-ubyte": ("9fb629c4189551a2d022fa330f9573f3", (10000, 28, 28)),
-    "t10k-labels-idx1-ubyte": ("ec29112dd5afa0611ce80d1b7f02629c", (10000,)),
+    "train-images-idx3-ubyte": MnistFile(
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873", "6bbc9ace898e44ae57da46a324031adb", (60000, 28, 28)
+    ),
+    "train-labels-idx1-ubyte": MnistFile(
+        "d53e105ee54ea40749a09fcbcd1e9432", "a25bea736e30d166cdddb491f175f624", (60000,)
+    ),
+    "t10k-images-idx3-ubyte": MnistFile(
+        "9fb629c4189551a2d022fa330f9573f3", "2646ac647ad5339dbf082846283269ea", (10000, 28, 28)
+    ),
+    "t10k-labels-idx1-ubyte": MnistFile(
+        "ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637", (10000,)
+    ),
 }
 SPLIT_SEED = 42  # the split is part of the task, not of the run: `--seed` leaves it alone
 DIGITS = tuple("0123456789")
@@ -48,6 +65,9 @@ class Split:
 
     def __getitem__(self, index: slice | Tensor) -> "Split":
         return Split(self.images[index], self.labels[index])
+
+    def to(self, device: str | torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -77,7 +97,11 @@ def load_dataset(name: str, data_dir: str | Path = "./mnist") -> Dataset:
         DataMissingError: MNIST is not in `data_dir` and can't be downloaded.
         UserError: a file of it is damaged.
     """
-    return load_mnist(data_dir) if name == "mnist" else load_digits()
+    if name == "mnist":
+        return load_mnist(data_dir)
+    if name == "digits":
+        return load_digits()
+    raise UserError(f"data set {name!r} is not known: expected mnist or digits")
 
 
 def load_mnist(data_dir: str | Path = "./mnist") -> Dataset:
@@ -88,7 +112,7 @@ def load_mnist(data_dir: str | Path = "./mnist") -> Dataset:
         DataMissingError, UserError: as `load_dataset`.
     """
     raw = Path(data_dir) / "MNIST" / "raw"
-    missing = [n for n in MNIST_FILES if not any(p.exists() for p in _variants(raw, n))]
+    missing = [n for n in MNIST_FILES if not any(map(os.path.exists, _variants(raw, n)))]
     if missing:
         _download_mnist(Path(data_dir), missing)
     train_images, train_labels, test_images, test_labels = (_read_idx(raw, n) for n in MNIST_FILES)
@@ -123,13 +147,16 @@ def _download_mnist(data_dir: Path, missing: list[str]) -> None:
 
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # torchvision sets none: a silent mirror would hang for ever
+    raw = data_dir / "MNIST" / "raw"
     try:
         MNIST(data_dir, download=True)
     except Exception as error:  # whatever a mirror, a proxy or the disk comes up with
-        where = data_dir / "MNIST" / "raw"
-        needed = ", ".join(f"{name}.gz (MD5 {md5})" for name, (md5, _) in MNIST_FILES.items())
+        with suppress(OSError):  # made before the first byte came; of use only if one did
+            for folder in (raw, raw.parent, data_dir):
+                folder.rmdir()
+        needed = ", ".join(f"{name}.gz (MD5 {f.packed_md5})" for name, f in MNIST_FILES.items())
         raise DataMissingError(
-            f"MNIST is not in {where} ({', '.join(missing)} missing) and cannot be downloaded "
+            f"MNIST is not in {raw} ({', '.join(missing)} missing) and cannot be downloaded "
             f"({str(error).strip() or type(error).__name__}); put there the four files {needed}"
         ) from None
     finally:
@@ -137,32 +164,23 @@ def _download_mnist(data_dir: Path, missing: list[str]) -> None:
 
 
 def _read_idx(raw: Path, name: str) -> np.ndarray:
-    """Read an IDX file, packed or not, whose shape is known. Raises UserError if it is damaged."""
-    md5, shape = MNIST_FILES[name]
+    """Read one of MNIST's files, packed or not. Raises UserError if it is damaged."""
+    expected = MNIST_FILES[name]
     plain, packed = _variants(raw, name)
-    header = struct.pack(f">{1 + len(shape)}i", 0x800 + len(shape), *shape)
-    advice = "delete it to have it downloaded again, or put a good copy there"
+    path, md5 = (plain, expected.md5) if os.path.exists(plain) else (packed, expected.packed_md5)
     try:
-        if plain.exists():
-            path, size = plain, len(header) + prod(shape)
-            if plain.stat().st_size != size:
-                raise UserError(
-                    f"{plain} is damaged: {plain.stat().st_size} bytes, expected {size}; {advice}"
-                )
-            content = plain.read_bytes()
-        else:
-            path, content = packed, packed.read_bytes()
-            if (found := hashlib.md5(content).hexdigest()) != md5:
-                raise UserError(
-                    f"{packed} is damaged: {len(content)} bytes with MD5 {found}, "
-                    f"expected MD5 {md5}; {advice}"
-                )
-            content = gzip.decompress(content)
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if not content.startswith(header):
-        raise UserError(f"{path} is damaged: it does not begin as an IDX file of {shape}; {advice}")
-    return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape).copy()
+    if (found := hashlib.md5(content).hexdigest()) != md5:
+        raise UserError(
+            f"{path} is damaged: {len(content)} bytes with MD5 {found}, expected MD5 {md5}; "
+            "delete it to have it downloaded again, or put a good copy there"
+        )
+    content = gzip.decompress(content) if path == packed else content
+    # IDX: a magic number and one big-endian int32 per axis, then the bytes.
+    header = 4 * (1 + len(expected.shape))
+    return np.frombuffer(content, np.uint8, offset=header).reshape(expected.shape).copy()
 
 
 def _to_split(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -187,7 +205,8 @@ class BatchLoader:
         split: the images; batches lie on the device where they lie.
         batch_size: images in a batch; the last may have fewer.
         mean, std: of the training pixels scaled to [0, 1]; subtracted and divided by.
-        augment: applied to each batch before it is normalised; also shuffles every pass.
+        augment: applied to each batch, scaled to [0, 1], before it is normalised.
+        shuffle: draw another order for each pass.
         seed: of order and augmentation.
         num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
     """
@@ -269,8 +288,7 @@ def make_loaders(
     """
 
     def loader(split: Split, size: int, **kwargs) -> BatchLoader:
-        split = Split(split.images.to(device), split.labels.to(device))
-        return BatchLoader(split, size, dataset.mean, dataset.std, **kwargs)
+        return BatchLoader(split.to(device), size, dataset.mean, dataset.std, **kwargs)
 
     return (
         loader(
@@ -331,16 +349,23 @@ def evaluate(
 
 # --------------------------------------------------------------------------------------- TODO.md
 
+TODO_HEADING = "## Training progress"
 TODO_HEADER = [
     "| Epoch | State | Train loss | Val top-1 (%) | Best so far | Finished |",
     "|---|---|---|---|---|---|",
 ]
 
 
-def reset_todo_md(epochs: int, todo_path: str | Path = "./TODO.md") -> None:
+def reset_todo_md(
+    epochs: int, todo_path: str | Path = "./TODO.md", dataset: str | None = None
+) -> None:
     """Give TODO.md's progress table a row for each epoch, none started; other text stays."""
     before, _, after = _split_todo(todo_path)
+    caption = f"Data set: {dataset}"
+    if len(before) > 1 and before[-2].startswith("Data set: "):
+        before = before[:-2]
     rows = [f"| {epoch} | not started | | | | |" for epoch in range(1, epochs + 1)]
+    before += [caption, ""] if dataset else []
     write_text(todo_path, "\n".join([*before, *TODO_HEADER, *rows, *after]))
 
 
@@ -374,7 +399,8 @@ def _split_todo(todo_path: str | Path) -> tuple[list[str], list[str], list[str]]
         raise UserError(f"{todo_path} cannot be read: {error.strerror or error}") from None
     lines = text.split("\n")
     if TODO_HEADER[0] not in lines:
-        return [*lines, "## Training progress", ""], [], [""]
+        heading = [] if TODO_HEADING in lines else [TODO_HEADING, ""]
+        return [*lines, *heading], [], [""]
     start = lines.index(TODO_HEADER[0])
     end = start + 1
     while end < len(lines) and lines[end].startswith("|"):

@@ -5,17 +5,22 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import cli
 import train
+from utils import MNIST_FILES
 
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT / "mnist"
 needs_mnist = pytest.mark.skipif(
-    not (MNIST / "MNIST" / "raw").is_dir(), reason="no MNIST in ./mnist"
+    not all((MNIST / "MNIST" / "raw" / f"{name}.gz").is_file() for name in MNIST_FILES),
+    reason="no MNIST in ./mnist",
 )
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 # A run of seconds: the digits, a small network, few passes.
-QUICK = "--dataset digits --epochs 15 --batch_size 32 --depth 2 --embed_dim 48 --lr 3e-3".split()
+QUICK = "--device cpu --dataset digits --epochs 15 --batch_size 32 --lr 3e-3".split()
+QUICK += "--depth 2 --embed_dim 48".split()
 
 
 @pytest.fixture
@@ -34,6 +39,14 @@ def run(monkeypatch, capsys, tmp_path):
         return SimpleNamespace(status=status, out=out, err=err)
 
     return call
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Every download fails at once: the proxy is a port where nothing listens."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """Checkpoints: what loads, what is refused and how, and that a failed save costs nothing."""
 
+import errno
+import os
 import pickle
 import signal
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,11 +132,22 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path):
         load_checkpoint(tmp_path / "huge.pt")
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path):
+def full_disk(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "best_model.pt"
     save_checkpoint(path, {"epoch": 1})
-    with pytest.raises(AttributeError):
+    with pytest.raises((AttributeError, pickle.PicklingError)):
         save_checkpoint(path, {"epoch": lambda: None})  # fails in the middle of writing
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(
+        UserError, match=r"best_model.pt cannot be written: No space left on device"
+    ):
+        save_checkpoint(path, {"epoch": 2})
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["best_model.pt"]
 

@@ -2,16 +2,19 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import MNIST, assert_one_error_line, needs_mnist
+from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
 from matplotlib.image import imread
 from PIL import Image, ImageOps
 
+import figures
 import inference
 from digit_image import MAX_SIDE, read_digit
 from utils import load_digits, load_mnist
@@ -90,6 +93,36 @@ def test_visualize_draws_sixteen_test_images(run, tmp_path, checkpoint):
     assert (outputs[0][..., :3].max(axis=2) < 0.1).mean() > 0.3  # the digits' black background
 
 
+def test_titles_are_green_where_right_and_red_where_wrong():
+    figure = figures.predictions(np.zeros((2, 28, 28)), ["3", "5"], ["3", "6"], "two")
+    titles = [axes.title for axes in figure.axes if axes.get_title()]
+    assert [title.get_text() for title in titles] == ["3 (true: 3)", "6 (true: 5)"]
+    assert [title.get_color() for title in titles] == [figures.GREEN, figures.RED]
+
+
+def test_the_chain_of_commands_from_training_to_export(tmp_path):
+    """As a user types them, each a process of its own, through the launcher."""
+
+    def command(*arguments) -> str:
+        launch = [sys.executable, ROOT / "launch.py", "--python", sys.executable]
+        done = subprocess.run(
+            [*launch, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    tiny = "--dataset digits --epochs 1 --depth 1 --embed-dim 16".split()
+    assert "Test Acc: " in command("train.py", *tiny)
+    assert "Test Acc: " in command("inference.py", "--mode", "evaluate")
+    assert "largest difference" in command("inference.py", "--mode", "onnx")
+    command("inference.py", "--mode", "visualize")
+    command("inference.py", "--mode=predict", "--image", "outputs/predictions.png")
+    written = {path.name for path in (tmp_path / "outputs").iterdir()}
+    assert written == {
+        "training_curves.png", "evaluation.json", "vit_mnist.onnx",
+        "predictions.png", "predictions.json",
+    }  # fmt: skip
+
+
 def test_onnx_is_one_file_with_a_free_batch_axis(run, tmp_path, checkpoint):
     result = run(inference.main, "--mode", "onnx", "--checkpoint", checkpoint)
     assert result.status == 0
@@ -100,6 +133,9 @@ def test_onnx_is_one_file_with_a_free_batch_axis(run, tmp_path, checkpoint):
     assert [node.name for node in exported.graph.input] == ["input"]
     assert [node.name for node in exported.graph.output] == ["output"]
     session = onnxruntime.InferenceSession(exported.SerializeToString())
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["dataset"] == "digits" and float(metadata["mean"]) > 0
+    assert json.loads(metadata["class_names"]) == list("0123456789")
     for batch in (1, 3, 200):
         images = np.zeros((batch, 1, 28, 28), dtype=np.float32)
         assert session.run(None, {"input": images})[0].shape == (batch, 10)
@@ -141,6 +177,8 @@ def test_predict_reads_test_images_in_any_form(run, tmp_path, checkpoint, test_i
     result = run(inference.main, "--mode", "predict", "--checkpoint", checkpoint, "--image", *names)
     assert result.status == 0
     written = json.loads((tmp_path / "outputs" / "predictions.json").read_text())
+    assert written["dataset"] == "digits"
+    written = written["images"]
     assert [row["image"] for row in written] == names
     for row in written:
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
@@ -182,6 +220,16 @@ def test_proportions_are_kept(tmp_path):
     assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 2)
 
 
+def test_faint_and_thin_marks_on_a_large_page_survive(tmp_path):
+    page = np.zeros((3000, 3000), dtype=np.uint8)
+    page[500, 500] = page[2500, 2400] = 255
+    Image.fromarray(page).save(tmp_path / "dust.png")
+    assert read_digit(tmp_path / "dust.png").max() == 255
+    page[500:2500, 1200] = 255  # one pixel wide
+    Image.fromarray(page).save(tmp_path / "line.png")
+    assert (read_digit(tmp_path / "line.png") > 200).any(axis=1).sum() >= 18
+
+
 def test_a_turned_photo_is_set_upright(tmp_path):
     bar = np.full((60, 60), 255, dtype=np.uint8)
     bar[28:32, 5:55] = 0  # lies; its EXIF says: turn by 90 degrees
@@ -209,6 +257,7 @@ def test_images_that_cannot_serve_end_in_one_line(run, tmp_path, checkpoint):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").write_bytes(b"")
     Image.new("L", (20_000, 3)).save(tmp_path / "wide.png")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     Image.new("L", (50, 50), 200).save(tmp_path / "blank.png")
     Image.fromarray(disc(200, 200, 99, 99, 50)).save(tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
@@ -217,6 +266,7 @@ def test_images_that_cannot_serve_end_in_one_line(run, tmp_path, checkpoint):
         "empty.png": "empty.png cannot be read",
         "cut.png": "cut.png cannot be read",
         "wide.png": f"wide.png 20000x3 {MAX_SIDE}",
+        "bomb.png": f"bomb.png too large {MAX_SIDE}",
         "blank.png": "blank.png is blank",
         "none.png": "none.png not found",
         ".": "cannot be read",
@@ -234,6 +284,8 @@ def test_images_that_cannot_serve_end_in_one_line(run, tmp_path, checkpoint):
         ("--mode evaluate --image x.png", "--mode predict --image"),
         ("--checkpoint none.pt", "none.pt No such file train first"),
         ("--output file/x.png", "file/x.png cannot be written"),
+        ("--output picture", "picture .png"),
+        ("--output picture.json", "picture.json .png"),
         ("--device foo", "--device foo"),
         ("--seed -1", "--seed"),
     ],

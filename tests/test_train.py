@@ -10,14 +10,15 @@ import time
 
 import pytest
 import torch
-from conftest import MNIST, QUICK, ROOT, assert_one_error_line, needs_mnist
+from conftest import MNIST, QUICK, ROOT, assert_one_error_line, needs_cuda, needs_mnist
 from matplotlib.image import imread
 
 import train
 from checkpoint import load_checkpoint
 from recipes import DATASET_SETTINGS, DEFAULTS
 
-TINY = "--dataset digits --depth 1 --embed_dim 16 --train_samples 100 --batch_size 50".split()
+TINY = "--device cpu --dataset digits --train_samples 100 --batch_size 50".split()
+TINY += "--depth 1 --embed_dim 16".split()
 
 
 def todo_rows(folder) -> list[str]:
@@ -45,9 +46,10 @@ def test_a_run_writes_all_that_it_promises(trained):
     assert [row["lr"] for row in history["epochs"]] == pytest.approx(cosine)
 
     timing = (trained / "checkpoints" / "timing_cpu.txt").read_text().splitlines()
-    keys = "device epochs batch_size total_train_time avg_time_per_epoch best_val_acc test_acc"
+    keys = "device epochs batch_size total_train_time avg_time_per_epoch best_val_acc test_acc "
+    keys += "dataset"
     assert [line.split(": ")[0] for line in timing] == keys.split()
-    assert timing[-1] == f"test_acc: {history['test']['top1']:.2f}"
+    assert timing[-2] == f"test_acc: {history['test']['top1']:.2f}"
 
     rows = todo_rows(trained)
     assert len(rows) == 15
@@ -183,10 +185,7 @@ def test_auto_takes_mnist_where_it_is(run, tmp_path):
     assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")[1]["dataset"] == "mnist"
 
 
-def test_auto_without_mnist_or_network_warns_and_trains_on_the_digits(run, tmp_path, monkeypatch):
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "")
+def test_auto_without_mnist_or_network_warns_and_trains_on_the_digits(run, tmp_path, offline):
     flags = "--epochs 1 --depth 1 --embed_dim 16 --train_samples 64 --data_dir none".split()
     result = run(train.main, *flags)
     assert result.status == 0
@@ -194,6 +193,9 @@ def test_auto_without_mnist_or_network_warns_and_trains_on_the_digits(run, tmp_p
     assert "t10k-labels-idx1-ubyte.gz (MD5 ec29112dd5afa0611ce80d1b7f02629c)" in result.err
     assert "(digits)" in result.out
     assert_one_error_line(run(train.main, *flags, "--dataset", "mnist"), "cannot be downloaded")
+    assert not (tmp_path / "none").exists()
+    # Settings that don't fit are told before a download is tried.
+    assert_one_error_line(run(train.main, "--patch_size", "5"), "--patch_size 5")
 
 
 def test_help_groups_the_flags_and_gives_every_default(run):
@@ -224,6 +226,10 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--patch_size 5", "--patch_size 5 28"),
         ("--device foo", "--device foo expected cpu cuda"),
         ("--device cuda:x", "--device cuda:x"),
+        ("--device cpu:", "--device cpu: expected"),
+        ("--mlp_ratio 0.001", "--mlp_ratio 0.001 neuron"),
+        ("--embed_dim 1000000000", "--embed_dim '1000000000' at most"),
+        ("--num_workers 9999999", "--num_workers"),
         ("--dataset imagenet", "--dataset imagenet mnist digits"),
         ("--epcohs 3", "--epcohs did you mean --epochs?"),
         ("--epochs", "--epochs expected one argument"),
@@ -231,6 +237,7 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--save_dir file/x", "file/x cannot be written"),
         ("--output_dir file", "file/training_curves.png cannot be written"),
         ("--todo_path .", "cannot be written folder"),
+        ("--todo_path /dev/null", "/dev/null cannot be written device"),
         pytest.param(
             "--device cuda",
             "--device cuda no CUDA --device cpu",
@@ -255,6 +262,27 @@ def test_a_truncated_mnist_file_is_an_error_not_a_reason_for_the_digits(run, tmp
         (raw / path.name).write_bytes(content[:-100] if "t10k-images" in path.name else content)
     result = run(train.main)
     assert_one_error_line(result, "t10k-images-idx3-ubyte.gz is damaged", "delete it")
+
+
+def test_a_loss_that_explodes_ends_the_run_and_keeps_the_best_model(run, tmp_path):
+    assert run(train.main, *TINY, "--epochs", 1).status == 0
+    before = weights(tmp_path)
+    flags = "--lr 1e30 --weight_decay 1e30 --grad_clip 0 --epochs 3".split()
+    assert_one_error_line(run(train.main, *TINY, *flags), "loss became", "epoch 1", "lower --lr")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_out_of_memory_is_one_line(run):
+    assert_one_error_line(run(lambda: torch.empty(2**50)), "out of memory", "--batch_size")
+
+
+@needs_cuda
+def test_a_run_on_a_gpu(run, tmp_path):
+    result = run(train.main, *QUICK, "--device", "cuda")
+    assert result.status == 0
+    assert (tmp_path / "checkpoints" / "timing_cuda.txt").exists()
+    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
+    assert history["test"]["top1"] > 60
 
 
 # ----------------------------------------------------------------------------------------- stopping

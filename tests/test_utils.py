@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 
 import pytest
 import torch
@@ -77,14 +78,11 @@ def test_unpacked_mnist_files_serve_too(tmp_path):
 
     images = raw / "t10k-images-idx3-ubyte"
     whole = images.read_bytes()
-    images.write_bytes(whole[:-1])
-    with pytest.raises(
-        UserError, match=r"t10k-images-idx3-ubyte .*7840015 bytes, expected 7840016"
-    ):
-        utils.load_mnist(tmp_path)
-    images.write_bytes(b"\1" + whole[1:])
-    with pytest.raises(UserError, match="does not begin as an IDX file"):
-        utils.load_mnist(tmp_path)
+    for damaged in (whole[:-1], whole[:-1] + b"\1", b""):
+        images.write_bytes(damaged)
+        message = rf"t10k-images-idx3-ubyte is damaged: {len(damaged)} bytes .*2646ac647ad5339dbf"
+        with pytest.raises(UserError, match=message):
+            utils.load_mnist(tmp_path)
 
 
 @needs_mnist
@@ -112,8 +110,8 @@ def test_missing_files_are_named_with_where_they_go(tmp_path, offline):
     with pytest.raises(utils.DataMissingError) as caught:
         utils.load_mnist(tmp_path / "none")
     message = str(caught.value)
-    for name, (md5, _) in utils.MNIST_FILES.items():
-        assert f"{name}.gz (MD5 {md5})" in message
+    for name, file in utils.MNIST_FILES.items():
+        assert f"{name}.gz (MD5 {file.packed_md5})" in message
     assert str(tmp_path / "none" / "MNIST" / "raw") in message
 
 
@@ -260,7 +258,7 @@ def rows(path) -> list[list[str]]:
 def test_todo_rows_are_filled_in_and_other_text_stays(tmp_path):
     path = tmp_path / "TODO.md"
     path.write_text("# Plans\n\n- [ ] read this\n\n## Training progress\n\nbefore\n")
-    reset_todo_md(3, path)
+    reset_todo_md(3, path, "mnist")
     path.write_text(path.read_text() + "\nafter | the | table\n")
     update_todo_md(1, 1.23456, 87.654, True, path)
     update_todo_md(2, 0.5, 87.0, False, path)
@@ -268,17 +266,19 @@ def test_todo_rows_are_filled_in_and_other_text_stays(tmp_path):
     assert first[:5] == ["1", "done", "1.2346", "87.65", "yes"] and first[5].startswith("20")
     assert second[:5] == ["2", "done", "0.5000", "87.00", "no"]
     assert third == ["3", "not started", "", "", "", ""]
-    for kept in ("- [ ] read this", "before", "after | the | table"):
+    for kept in ("- [ ] read this", "before", "after | the | table", "Data set: mnist"):
         assert path.read_text().count(kept) == 1
+    assert path.read_text().count("## Training progress") == 1
 
 
 def test_a_new_run_resets_the_table_to_its_epochs(tmp_path):
     path = tmp_path / "new" / "TODO.md"
     for epochs in (5, 2, 12):
-        reset_todo_md(epochs, path)
+        reset_todo_md(epochs, path, f"set {epochs}")
         update_todo_md(1, 1.0, 50.0, True, path)
         assert len(rows(path)) == epochs
         assert path.read_text().count("Training progress") == 1
+        assert re.findall("Data set: .*", path.read_text()) == [f"Data set: set {epochs}"]
 
 
 def test_a_table_edited_by_hand_does_not_stop_a_run(tmp_path):

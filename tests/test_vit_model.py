@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs_cuda
 from torch import nn
 
 from vit_model import Attention, Dropout, PatchEmbed, TransformerBlock, ViT, count_parameters
@@ -72,6 +72,14 @@ def test_attention_equals_pytorchs_with_the_same_weights():
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 17, 96)
     torch.testing.assert_close(ours(x), theirs(x, x, x)[0])
+
+
+@needs_cuda
+def test_attention_on_a_gpu_equals_that_on_the_cpu():
+    attention, x = Attention(96, 4, dropout=0.1).eval(), torch.randn(3, 17, 96)
+    expected = attention(x)
+    result = attention.cuda()(x.cuda()).cpu()
+    torch.testing.assert_close(result, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_block_is_pre_norm_with_two_residuals():
