@@ -19,6 +19,7 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import cli
+import optim
 import utils
 from recipes import DEFAULTS
 from train import train_one_epoch
@@ -98,7 +99,11 @@ def main() -> None:
     dataset = utils.load_mnist(args.data_dir)
     settings = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
     model, plain = ViT().to(device), plain_model().to(device)
-    ours_optimizer = torch.optim.AdamW(model.parameters(), **settings, fused=True)
+    ours_optimizer = optim.build_optimizer(DEFAULTS["optimizer"], model, **settings)
+    schedule = optim.build_scheduler(
+        "ConstantLR(factor=1)", ours_optimizer, epochs=args.turns + 1, steps_per_epoch=args.steps
+    )
+    averaged = optim.WeightAverage(model)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), **settings)
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
     slow_loader = plain_loader(args.data_dir, args.batch_size, args.num_workers)
@@ -110,6 +115,8 @@ def main() -> None:
             loader,
             criterion,
             ours_optimizer,
+            schedule,
+            averaged,
             grad_clip=DEFAULTS["grad_clip"],
             precision=precision,
             description="",

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,17 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {close[0]}?" if close else "see --help"
             raise UserError(f"unknown argument {unknown[0]}: {hint}")
         return parsed
+
+    def given(self, args: Sequence[str] | None = None) -> dict[str, Any]:
+        """The arguments that the command line names, without those that have a default only."""
+        defaults = [action.default for action in self._actions]
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            return vars(self.parse_args(args))
+        finally:
+            for action, default in zip(self._actions, defaults, strict=True):
+                action.default = default
 
     def error(self, message: str) -> None:
         raise UserError(message.removeprefix("argument "))

@@ -4,17 +4,18 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import cli
 import figures
+import optim
 from checkpoint import load_checkpoint, save_checkpoint, versions
 from cli import UserError
 from files import check_writable, uninterrupted, write_json, write_text
@@ -31,9 +32,13 @@ from utils import (
 )
 from vit_model import ViT, count_parameters
 
+# Settings that the printed calls of optimizer and schedule have in them.
+SHOWN_AS_CALLS = {"optimizer", "lr", "weight_decay", "scheduler", "scheduler_interval"}
+SHOWN_AS_CALLS |= {"warmup_epochs", "swa_lr", "swa_anneal_epochs", "swa_anneal_strategy"}
 
-def parse_args() -> argparse.Namespace:
-    """The command line, with the recipe's flags only where they were given."""
+
+def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line, and what of the recipe it names: that wins over a data set's settings."""
     parser = cli.Parser(description=__doc__)
 
     data = parser.add_argument_group("data")
@@ -58,20 +63,16 @@ def parse_args() -> argparse.Namespace:
     )
 
     def add_setting(group: argparse._ArgumentGroup, name: str, type: Any, help: str) -> None:
-        # Not stored unless given, so that a data set's own setting can tell; see `settings_for`.
-        shown = f"{help} (default: {DEFAULTS[name]})"
-        group.add_argument(f"--{name}", type=type, default=argparse.SUPPRESS, help=shown)
+        group.add_argument(f"--{name}", type=type, default=DEFAULTS[name], help=help)
 
     recipe = parser.add_argument_group("recipe (the digits have defaults of their own: recipes.py)")
     add_setting(recipe, "epochs", cli.integer(1, 10**6), "passes over the training images")
     add_setting(recipe, "batch_size", cli.integer(1), "images in a step")
-    add_setting(recipe, "lr", cli.number(0, above=True), "AdamW's learning rate at the start")
-    add_setting(recipe, "weight_decay", cli.number(0), "AdamW's weight decay")
     add_setting(recipe, "label_smoothing", cli.number(0, 1), "share of a target spread evenly")
-    add_setting(recipe, "grad_clip", cli.number(0), "largest global gradient norm; 0: off")
     recipe.add_argument(
         "--seed", default=42, type=cli.integer(0), help="of weights, order, augmentation, dropout"
     )
+    optim.add_arguments(parser)
 
     model = parser.add_argument_group("model")
     add_setting(model, "patch_size", cli.integer(1), "side of a patch in pixels; divides 28")
@@ -94,7 +95,8 @@ def parse_args() -> argparse.Namespace:
     written.add_argument("--save_dir", default="./checkpoints", type=Path, help="model, history")
     written.add_argument("--output_dir", default="./outputs", type=Path, help="pictures")
     written.add_argument("--todo_path", default="./TODO.md", type=Path, help="progress table")
-    return parser.parse_args()
+    args, given = parser.parse_args(), parser.given()
+    return args, {name: value for name, value in given.items() if name in DEFAULTS}
 
 
 def choose_dataset(name: str, data_dir: str) -> Dataset:
@@ -110,13 +112,12 @@ def choose_dataset(name: str, data_dir: str) -> Dataset:
         return load_dataset("digits")
 
 
-def settings_for(dataset: str, args: argparse.Namespace) -> dict[str, Any]:
+def settings_for(dataset: str, given: dict[str, Any]) -> dict[str, Any]:
     """The run's recipe: the published one, what the data set asks for, what was given by hand.
 
     Raises:
         UserError: the settings don't fit together.
     """
-    given = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     settings = {**DEFAULTS, **DATASET_SETTINGS[dataset], **given}
     if 28 % settings["patch_size"] != 0:
         raise UserError(
@@ -138,38 +139,67 @@ def train_one_epoch(
     loader: BatchLoader,
     criterion: nn.Module,
     optimizer: Optimizer,
+    schedule: optim.Schedule,
+    averaged: optim.WeightAverage,
     *,
     grad_clip: float,
     precision: str,
     description: str,
-) -> tuple[float, float]:
-    """One pass over the training images. Returns the mean loss and top-1 % over them."""
+) -> dict[str, Any]:
+    """One pass over the training images.
+
+    Returns:
+        Means over the images, `train_loss` and `train_acc` (top-1 %), and over the steps,
+        `grad_norm` (before clipping) and `lr` (by parameter group): a part of history.json's row.
+    """
     model.train()
     device = loader.split.images.device
     total_loss = torch.zeros((), device=device)
     total_hits = torch.zeros((), device=device)
-    bar = tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
-    for step, (images, labels) in enumerate(bar):
+    total_norm = torch.zeros((), device=device)
+    total_lrs = [0.0] * len(optimizer.param_groups)
+
+    def forward_backward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(images)
         loss = criterion(logits.float(), labels)
-        optimizer.zero_grad()
         loss.backward()
-        if grad_clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-        optimizer.step()
+        return loss.detach(), logits.detach()
+
+    bar = tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
+    for step, (images, labels) in enumerate(bar):
+        for i, group in enumerate(optimizer.param_groups):
+            total_lrs[i] += group["lr"]
+        loss, logits = forward_backward(images, labels)
+        if optim.needs_closure(optimizer):
+            # LBFGS makes passes of its own, and learns from the gradients as they are.
+            grad_norm = optim.clip_gradients(optimizer, 0.0)
+            optimizer.step(partial(lambda x, y: forward_backward(x, y)[0], images, labels))
+        else:
+            grad_norm = optim.clip_gradients(optimizer, grad_clip)
+            optimizer.step()
+        schedule.step_batch()
+        averaged.step_batch()
 
         # Summed on the device: Python waits for a GPU only where the bar wants a number.
-        total_loss += loss.detach() * len(labels)
+        total_loss += loss * len(labels)
         total_hits += (logits.argmax(dim=1) == labels).sum()
+        total_norm += grad_norm
         if not bar.disable and step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-    return total_loss.item() / len(loader.split), 100.0 * total_hits.item() / len(loader.split)
+    names = [group.get("name", "all parameters") for group in optimizer.param_groups]
+    return {
+        "train_loss": total_loss.item() / len(loader.split),
+        "train_acc": 100.0 * total_hits.item() / len(loader.split),
+        "grad_norm": total_norm.item() / len(loader),
+        "lr": {name: lr / len(loader) for name, lr in zip(names, total_lrs, strict=True)},
+    }
 
 
 def main() -> None:
     # ------------------------------------------------------------------------------- arguments
-    args = parse_args()
+    args, given = parse_args()
     device = cli.choose_device(args.device)
     precision = cli.choose_precision(args.precision, device)
     best_path = args.save_dir / "best_model.pt"
@@ -180,9 +210,9 @@ def main() -> None:
         check_writable(path)
 
     # ------------------------------------------------------------------------------------ data
-    settings_for("mnist" if args.dataset == "auto" else args.dataset, args)  # before a download
+    settings_for("mnist" if args.dataset == "auto" else args.dataset, given)  # before a download
     dataset = choose_dataset(args.dataset, args.data_dir)
-    settings = settings_for(dataset.name, args)
+    settings = settings_for(dataset.name, given)
     train_loader, val_loader, test_loader = make_loaders(
         dataset,
         settings["batch_size"],
@@ -207,21 +237,46 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
 
     # ------------------------------------------------------------------------------- optimizer
-    optimizer = AdamW(
-        model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True
+    optimizer = optim.build_optimizer(
+        settings["optimizer"],
+        model,
+        **{name: settings[name] for name in ("lr", "weight_decay", "head_lr", "no_decay")},
     )
-    scheduler = CosineAnnealingLR(optimizer, T_max=settings["epochs"])
+    schedule = optim.build_scheduler(
+        settings["scheduler"],
+        optimizer,
+        epochs=settings["epochs"],
+        steps_per_epoch=len(train_loader),
+        interval=settings["scheduler_interval"],
+        warmup_epochs=settings["warmup_epochs"],
+        swa_start=settings["swa_start"],
+        swa_lr=settings["swa_lr"],
+        swa_anneal_epochs=settings["swa_anneal_epochs"],
+        swa_anneal_strategy=settings["swa_anneal_strategy"],
+    )
+    averaged = optim.WeightAverage(
+        model, ema_decay=settings["ema_decay"], swa_start=settings["swa_start"]
+    )
 
     sizes = [f"{len(loader.split):,}" for loader in (train_loader, val_loader, test_loader)]
     print(f"data:     {dataset.name}, {' / '.join(sizes)} images to train, validate, test")
     print(f"model:    ViT, {count_parameters(model):,} parameters")
     print(f"device:   {cli.describe_device(device)}, {precision}, seed {args.seed}")
-    print(f"settings: {', '.join(f'{name} {value}' for name, value in settings.items())}")
+    shown = {n: v for n, v in settings.items() if v is not None and n not in SHOWN_AS_CALLS}
+    print(f"settings: {', '.join(f'{name} {value}' for name, value in shown.items())}")
+    print(f"steps:    {optimizer.text}; {schedule}")
 
     # ------------------------------------------------------------------------------------ loop
     history = {
         "dataset": dataset.name,
-        "settings": {**settings, "seed": args.seed, "train_samples": args.train_samples},
+        "settings": {
+            **settings,
+            "optimizer": optimizer.text,
+            "scheduler": schedule.text,
+            "scheduler_interval": schedule.interval,
+            "seed": args.seed,
+            "train_samples": args.train_samples,
+        },
         "device": cli.describe_device(device),
         "precision": precision,
         "parameters": count_parameters(model),
@@ -236,24 +291,26 @@ def main() -> None:
     try:
         for epoch in range(1, settings["epochs"] + 1):
             start = time.perf_counter()
-            lr = scheduler.get_last_lr()[0]
-            train_loss, train_acc = train_one_epoch(
+            row = train_one_epoch(
                 model,
                 train_loader,
                 criterion,
                 optimizer,
+                schedule,
+                averaged,
                 grad_clip=settings["grad_clip"],
                 precision=precision,
                 description=f"epoch {epoch}/{settings['epochs']}",
             )
             train_seconds = time.perf_counter() - start
-            if not math.isfinite(train_loss):
+            if not math.isfinite(row["train_loss"]):
                 raise UserError(
-                    f"the loss became {train_loss} in epoch {epoch}: lower --lr {settings['lr']} "
-                    f"or --grad_clip {settings['grad_clip']}; the best model so far is kept"
+                    f"the loss became {row['train_loss']} in epoch {epoch}: lower --lr or "
+                    f"--grad_clip {settings['grad_clip']}; the best model so far is kept"
                 )
-            val_loss, val_acc, val_top5 = evaluate(model, val_loader, criterion, device)
-            scheduler.step()
+            averaged.step_epoch(epoch, train_loader, device)
+            val_loss, val_acc, val_top5 = evaluate(averaged.module, val_loader, criterion, device)
+            schedule.step_epoch(val_loss)
             seconds = time.perf_counter() - start
 
             # ---------------------------------------------------------------------- checkpoint
@@ -262,12 +319,10 @@ def main() -> None:
                 history["epochs"].append(
                     {
                         "epoch": epoch,
-                        "train_loss": train_loss,
-                        "train_acc": train_acc,
+                        **row,
                         "val_loss": val_loss,
                         "val_acc": val_acc,
                         "val_top5": val_top5,
-                        "lr": lr,
                         "seconds": seconds,
                         "images_per_second": len(train_loader.split) / train_seconds,
                     }
@@ -278,9 +333,15 @@ def main() -> None:
                         best_path,
                         {
                             "epoch": epoch,
-                            "model_state_dict": model.state_dict(),
+                            "model_state_dict": averaged.module.state_dict(),
                             "optimizer_state_dict": optimizer.state_dict(),
                             "best_acc": best_acc,
+                            **(
+                                {"raw_model_state_dict": model.state_dict()}
+                                if averaged.active
+                                else {}
+                            ),
+                            "scheduler_state_dict": schedule.state_dict(),
                             "model_config": model_config,
                             "normalization": {"mean": dataset.mean, "std": dataset.std},
                             "dataset": dataset.name,
@@ -290,12 +351,12 @@ def main() -> None:
                         },
                     )
                 write_json(history_path, history)
-                update_todo_md(epoch, train_loss, val_acc, is_best, args.todo_path)
+                update_todo_md(epoch, row["train_loss"], val_acc, is_best, args.todo_path)
             print(
                 f"Epoch {epoch:2d}/{settings['epochs']}  "
-                f"Train Loss: {train_loss:.4f}  Acc: {train_acc:.2f} %  |  "
+                f"Train Loss: {row['train_loss']:.4f}  Acc: {row['train_acc']:.2f} %  |  "
                 f"Val Loss: {val_loss:.4f}  Acc: {val_acc:.2f} %  Top-5: {val_top5:.2f} %  |  "
-                f"lr {lr:.1e}  {seconds:.1f} s"
+                f"lr {next(iter(row['lr'].values())):.1e}  {seconds:.1f} s"
             )
             if is_best:
                 print(f"          best so far, saved to {best_path}")

@@ -101,26 +101,23 @@ def test_titles_are_green_where_right_and_red_where_wrong():
 
 
 def test_the_chain_of_commands_from_training_to_export(tmp_path):
-    """As a user types them, each a process of its own, through the launcher."""
+    """As a user types them, each a process of its own."""
 
     def command(*arguments) -> str:
-        launch = [sys.executable, ROOT / "launch.py", "--python", sys.executable]
-        done = subprocess.run(
-            [*launch, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout
 
-    tiny = "--dataset digits --epochs 1 --depth 1 --embed-dim 16".split()
-    assert "Test Acc: " in command("train.py", *tiny)
-    assert "Test Acc: " in command("inference.py", "--mode", "evaluate")
-    assert "largest difference" in command("inference.py", "--mode", "onnx")
-    command("inference.py", "--mode", "visualize")
-    command("inference.py", "--mode=predict", "--image", "outputs/predictions.png")
+    tiny = "train.py --dataset digits --epochs 1 --depth 1 --embed-dim 16".split()
+    assert "Test Acc: " in command(ROOT / "launch.py", "--python", sys.executable, *tiny)
+    inference = ROOT / "src" / "inference.py"
+    assert "of 16 test images right" in command(inference)
+    assert "largest difference" in command(inference, "--mode", "onnx")
+    picture = "outputs/predictions.png"
+    assert f"{picture}: " in command(inference, "--mode=predict", "--image", picture)
     written = {path.name for path in (tmp_path / "outputs").iterdir()}
-    assert written == {
-        "training_curves.png", "evaluation.json", "vit_mnist.onnx",
-        "predictions.png", "predictions.json",
-    }  # fmt: skip
+    pictures = {"training_curves.png", "predictions.png"}
+    assert written == pictures | {"vit_mnist.onnx", "predictions.json"}
 
 
 def test_onnx_is_one_file_with_a_free_batch_axis(run, tmp_path, checkpoint):

@@ -13,9 +13,11 @@ import torch
 from conftest import MNIST, QUICK, ROOT, assert_one_error_line, needs_cuda, needs_mnist
 from matplotlib.image import imread
 
+import optim
 import train
 from checkpoint import load_checkpoint
 from recipes import DATASET_SETTINGS, DEFAULTS
+from utils import evaluate, load_digits, make_loaders
 
 TINY = "--device cpu --dataset digits --train_samples 100 --batch_size 50".split()
 TINY += "--depth 1 --embed_dim 16".split()
@@ -30,6 +32,7 @@ def test_a_run_writes_all_that_it_promises(trained):
     model, checkpoint = load_checkpoint(trained / "checkpoints" / "best_model.pt")
     published = {"epoch", "model_state_dict", "optimizer_state_dict", "best_acc"}
     ours = {"model_config", "normalization", "dataset", "class_names", "settings", "versions"}
+    ours |= {"scheduler_state_dict"}
     assert set(checkpoint) == published | ours
     assert checkpoint["dataset"] == "digits"
     assert checkpoint["model_config"]["depth"] == len(model.blocks) == 2
@@ -43,7 +46,9 @@ def test_a_run_writes_all_that_it_promises(trained):
     assert history["test"]["best_epoch"] == best["epoch"]
     assert history["epochs"][-1]["train_loss"] < history["epochs"][0]["train_loss"]
     cosine = [3e-3 * (1 + math.cos(math.pi * epoch / 15)) / 2 for epoch in range(15)]
-    assert [row["lr"] for row in history["epochs"]] == pytest.approx(cosine)
+    rates = [row["lr"]["all parameters"] for row in history["epochs"]]
+    assert rates == pytest.approx(cosine)
+    assert all(row["grad_norm"] > 0 for row in history["epochs"])
 
     timing = (trained / "checkpoints" / "timing_cpu.txt").read_text().splitlines()
     keys = "device epochs batch_size total_train_time avg_time_per_epoch best_val_acc test_acc "
@@ -70,7 +75,9 @@ def test_output_names_the_data_and_ends_with_the_test_result(run):
     assert result.status == 0 and result.err == ""
     for pattern in (
         r"^data: +digits, 100 / 180 / 180 images",
-        r"^settings: epochs 2, batch_size 50, lr 0.001, .*depth 1,",
+        r"^settings: epochs 2, batch_size 50, .*depth 1,",
+        r"^steps: +AdamW\(lr=0.001, weight_decay=0.0001\); "
+        r"CosineAnnealingLR\(T_max=2\), every epoch$",
         r"^Epoch +2/2  Train Loss: [\d.]+  Acc: [\d.]+ %  \|  Val Loss: .*Top-5: [\d.]+ %",
         r"best so far, saved to checkpoints/best_model.pt",
         r"^Test Loss: [\d.]+\nTest Acc: [\d.]+ %\nTest Top-5: [\d.]+ %  \(digits\)\nBest Val Acc: "
@@ -108,11 +115,19 @@ def test_fp32_and_bf16_learn_alike(run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
+def frozen(model, loader) -> tuple:
+    """Optimizer, schedule and average of a run that learns nothing."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    settings = {"epochs": 5, "steps_per_epoch": len(loader)}
+    schedule = optim.build_scheduler("ConstantLR(factor=1)", optimizer, **settings)
+    return optimizer, schedule, optim.WeightAverage(model)
+
+
 def test_gradients_are_clipped_to_the_norm_asked_for(digits_loader):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
     norms = []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer, *rest = frozen(model, digits_loader)
     optimizer.register_step_pre_hook(
         lambda *_: norms.append(
             torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
@@ -124,6 +139,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(digits_loader):
             digits_loader,
             torch.nn.CrossEntropyLoss(),
             optimizer,
+            *rest,
             grad_clip=clip,
             precision="fp32",
             description="",
@@ -135,8 +151,6 @@ def test_gradients_are_clipped_to_the_norm_asked_for(digits_loader):
 
 @pytest.fixture
 def digits_loader():
-    from utils import load_digits, make_loaders
-
     return make_loaders(load_digits(), 200)[0]
 
 
@@ -146,19 +160,60 @@ def test_training_averages_are_exact_over_samples(digits_loader):
     criterion = torch.nn.CrossEntropyLoss()
     batches = list(digits_loader)
     digits_loader.epoch = 0
-    loss, top1 = train.train_one_epoch(
+    row = train.train_one_epoch(
         model,
         digits_loader,
         criterion,
-        torch.optim.SGD(model.parameters(), lr=0.0),
+        *frozen(model, digits_loader),
         grad_clip=0,
         precision="fp32",
         description="",
     )
     logits = model(torch.cat([images for images, _ in batches]))
     labels = torch.cat([labels for _, labels in batches])
-    assert loss == pytest.approx(criterion(logits, labels).item(), rel=1e-5)
-    assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), rel=1e-5)
+    assert row["train_loss"] == pytest.approx(criterion(logits, labels).item(), rel=1e-5)
+    top1 = 100 * (logits.argmax(1) == labels).float().mean().item()
+    assert row["train_acc"] == pytest.approx(top1, rel=1e-5)
+
+
+# -------------------------------------------------------------- optimizers, schedules, averages
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "SGD(lr=0.05, momentum=0.9, nesterov=True)", "--scheduler", "onecycle"],
+        ["--optimizer", "Muon", "--head_lr", "1e-3", "--no_decay", "--warmup_epochs", "1"],
+        # Its curvature needs batches that agree: all images at once, no dropout, fp32.
+        ["--optimizer", "LBFGS(lr=0.3, max_iter=5)", "--batch_size=500", "--dropout=0"],
+        ["--optimizer", "lamb(adam_w_mode=False)", "--scheduler", "CosineDecayLR"],
+    ],
+)
+def test_optimizers_and_schedules_train_from_the_command_line(run, tmp_path, flags):
+    result = run(train.main, *TINY, "--epochs", 4, "--train_samples", 500, *flags)
+    assert result.status == 0, result.err
+    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
+    losses = [row["train_loss"] for row in history["epochs"]]
+    assert losses[-1] < losses[0]
+    call = history["settings"]["optimizer"]
+    assert call.lower().startswith(flags[1].split("(")[0].lower()) and call in result.out
+    assert history["settings"]["scheduler"] in result.out
+    _, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
+    assert checkpoint["settings"]["optimizer"] == call
+
+
+def test_the_average_is_validated_and_saved_beside_the_raw_weights(run, tmp_path):
+    for flags in (("--ema_decay", 0.9), ("--swa_start", 1)):
+        assert run(train.main, *TINY, "--epochs", 6, "--lr", 1e-2, *flags).status == 0
+        model, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
+        raw = checkpoint["raw_model_state_dict"]
+        assert set(raw) == set(model.state_dict())
+        if checkpoint["epoch"] > 1:  # SWA's mean of one epoch is that epoch
+            assert not torch.equal(raw["head.weight"], model.head.weight)
+        # The accuracy it was saved with is that of the averaged weights.
+        loader = make_loaders(load_digits())[1]
+        top1 = evaluate(model, loader, torch.nn.CrossEntropyLoss(), "cpu")[1]
+        assert top1 == pytest.approx(checkpoint["best_acc"])
 
 
 # --------------------------------------------------------------------------------------- settings
@@ -217,6 +272,14 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--epochs 99999999999999999999", "--epochs"),
         ("--batch_size -1", "--batch_size '-1'"),
         ("--lr nan", "--lr 'nan' above 0"),
+        ("--optimizer SparseAdam", "SparseAdam sparse"),
+        ("--optimizer AdmaW", "AdmaW AdamW"),
+        ("--optimizer SGD(momentun=0.9)", "momentun SGD("),
+        ("--scheduler StepLR", "StepLR step_size"),
+        ("--scheduler OneCycleLR(total_steps=5)", "OneCycleLR"),
+        ("--ema_decay 0.9 --swa_start 2", "--ema_decay --swa_start"),
+        ("--swa_start 999", "--swa_start 999"),
+        ("--warmup_epochs 100", "--warmup_epochs 100"),
         ("--lr inf", "--lr 'inf'"),
         ("--lr 0", "--lr '0'"),
         ("--weight_decay -1", "--weight_decay '-1'"),
@@ -247,7 +310,7 @@ def test_help_groups_the_flags_and_gives_every_default(run):
 )
 def test_wrong_usage_ends_in_one_line_before_anything_is_written(run, tmp_path, flags, words):
     (tmp_path / "file").write_text("kept")
-    result = run(train.main, "--dataset", "digits", *flags.split())
+    result = run(train.main, "--dataset", "digits", *flags.split(" "))
     assert_one_error_line(result, *words.split())
     assert (tmp_path / "file").read_text() == "kept"
     assert not list(tmp_path.rglob("history.json")) and not list(tmp_path.rglob("*.tmp*"))
