@@ -284,6 +284,14 @@ def main() -> None:
         "epochs": [],
         "test": None,
     }
+    about = {  # what it takes, beside the weights, to use the model
+        "model_config": model_config,
+        "normalization": {"mean": dataset.mean, "std": dataset.std},
+        "dataset": dataset.name,
+        "class_names": list(dataset.class_names),
+        "settings": history["settings"],
+        "versions": history["versions"],
+    }
     best_acc, best_epoch = -1.0, 0
     with uninterrupted():
         write_json(history_path, history)
@@ -303,13 +311,13 @@ def main() -> None:
                 description=f"epoch {epoch}/{settings['epochs']}",
             )
             train_seconds = time.perf_counter() - start
-            if not math.isfinite(row["train_loss"]):
-                raise UserError(
-                    f"the loss became {row['train_loss']} in epoch {epoch}: lower --lr or "
-                    f"--grad_clip {settings['grad_clip']}; the best model so far is kept"
-                )
             averaged.step_epoch(epoch, train_loader, device)
             val_loss, val_acc, val_top5 = evaluate(averaged.module, val_loader, criterion, device)
+            if not all(map(math.isfinite, (row["train_loss"], row["grad_norm"], val_loss))):
+                raise UserError(
+                    f"loss or gradient is no longer finite in epoch {epoch}: lower --lr or "
+                    f"--grad_clip {settings['grad_clip']}; the best model so far is kept"
+                )
             schedule.step_epoch(val_loss)
             seconds = time.perf_counter() - start
 
@@ -329,27 +337,16 @@ def main() -> None:
                 )
                 if is_best:
                     best_acc, best_epoch = val_acc, epoch
-                    save_checkpoint(
-                        best_path,
-                        {
-                            "epoch": epoch,
-                            "model_state_dict": averaged.module.state_dict(),
-                            "optimizer_state_dict": optimizer.state_dict(),
-                            "best_acc": best_acc,
-                            **(
-                                {"raw_model_state_dict": model.state_dict()}
-                                if averaged.active
-                                else {}
-                            ),
-                            "scheduler_state_dict": schedule.state_dict(),
-                            "model_config": model_config,
-                            "normalization": {"mean": dataset.mean, "std": dataset.std},
-                            "dataset": dataset.name,
-                            "class_names": list(dataset.class_names),
-                            "settings": history["settings"],
-                            "versions": history["versions"],
-                        },
-                    )
+                    state = {
+                        "epoch": epoch,
+                        "model_state_dict": averaged.module.state_dict(),
+                        "optimizer_state_dict": optimizer.state_dict(),
+                        "scheduler_state_dict": schedule.state_dict(),
+                        "best_acc": best_acc,
+                    }
+                    if averaged.active:
+                        state["raw_model_state_dict"] = model.state_dict()
+                    save_checkpoint(best_path, {**state, **about})
                 write_json(history_path, history)
                 update_todo_md(epoch, row["train_loss"], val_acc, is_best, args.todo_path)
             print(
