@@ -42,8 +42,8 @@ OPTIMIZERS: list[tuple[str, list[str]]] = [
 COMMON = ["--depth", "4", "--scheduler", "CosineAnnealingLR", "--scheduler_interval", "step"]
 
 
-def train(call: str, flags: list[str], args: argparse.Namespace) -> tuple[float, float]:
-    """(validation accuracy after the run in percent, milliseconds per step) of one run."""
+def train(call: str, flags: list[str], args: argparse.Namespace) -> tuple[float, float, str]:
+    """Validation accuracy after the run (%), milliseconds per step, data set of one run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(SRC / "train.py"), "--optimizer", call, *COMMON]
         command += ["--epochs", str(args.epochs), "--batch_size", str(args.batch_size)]
@@ -55,7 +55,7 @@ def train(call: str, flags: list[str], args: argparse.Namespace) -> tuple[float,
             raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
         history = json.loads(Path(folder, "history.json").read_text())
     last = history["epochs"][-1]
-    return last["val_acc"], 1000 * args.batch_size / last["images_per_second"]
+    return last["val_acc"], 1000 * args.batch_size / last["images_per_second"], history["dataset"]
 
 
 def main() -> None:
@@ -70,12 +70,16 @@ def main() -> None:
     device = cli.describe_device(cli.choose_device(args.device))
     command = " ".join(["python benchmarks/optimizers.py", *sys.argv[1:]])
     print(f"{device}, PyTorch {torch.__version__}; `{command}`, each run with `{' '.join(COMMON)}`")
-    print("\n| optimizer | more flags | validation accuracy | ms per step |\n|---|---|---|---|")
+    print("\n| optimizer | more flags | validation accuracy | ms per step | data |")
+    print("|---|---|---|---|---|")
     for call, flags in OPTIMIZERS:
         if call.lower().startswith(args.only.lower()):
-            accuracy, milliseconds = train(call, flags, args)
+            accuracy, milliseconds, data = train(call, flags, args)
             more = f"`{' '.join(flags)}`" if flags else ""
-            print(f"| `{call}` | {more} | {accuracy:.2f} % | {milliseconds:.0f} |", flush=True)
+            print(
+                f"| `{call}` | {more} | {accuracy:.2f} % | {milliseconds:.0f} | {data} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -62,9 +62,12 @@ def training_curves(history: dict[str, Any]) -> Figure:
     label = f"best: {best['val_acc']:.2f} % in epoch {best['epoch']}"
     top1.plot(best["epoch"], best["val_acc"], "*", color=GREEN, markersize=12, label=label)
     top1.legend(frameon=False, loc="lower right")
-    groups = history["epochs"][0]["lr"]
-    for i, group in enumerate(groups):
+    groups: dict[str, list[float]] = {}  # those that differ in weight decay alone share a curve
+    for group in history["epochs"][0]["lr"]:
         rates = [row["lr"][group] for row in history["epochs"]]
+        if rates not in groups.values():
+            groups[group] = rates
+    for i, (group, rates) in enumerate(groups.items()):
         look = {"color": COLORS[i % len(COLORS)], "linestyle": STYLES[i % len(STYLES)]}
         rate.plot(epochs, rates, label=group, **look, **line)
     if len(groups) > 1:

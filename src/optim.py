@@ -36,6 +36,7 @@ from recipes import DEFAULTS
 
 MAX_HISTORY = 1000  # LBFGS's history_size; each entry is as large as the model
 MAX_REHEARSAL = 20_000  # changes of the learning rate that are tried out beforehand
+MAX_PLOTTED = 1_000_000  # steps of a run that is drawn
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def build_optimizer(
     Muon gets the weight matrices under `blocks.`, with a rate of 0.02 where the text sets none; all
     else is AdamW's, with `lr` and `weight_decay`.
 
-    The optimizer's `text` is the call with what was filled in; it makes the same optimizer again.
+    The optimizer's `text` is the call with what was filled in, for Muon with AdamW's beside it.
 
     Raises:
         UserError: `text` is no call of a known optimizer, or the optimizer refuses its arguments.
@@ -81,8 +82,19 @@ def build_optimizer(
     call = parse_call(text, OPTIMIZERS)
     if call.cls is torch.optim.SparseAdam:
         raise UserError("SparseAdam needs sparse gradients and this model has none: take Adam")
-    if call.arguments.get("history_size", 0) > MAX_HISTORY:
-        raise UserError(f"{call}: history_size is larger than {MAX_HISTORY}")
+    if call.cls is torch.optim.LBFGS:
+        if not 1 <= call.arguments.get("history_size", 1) <= MAX_HISTORY:
+            raise UserError(f"{call}: history_size is not from 1 to {MAX_HISTORY}")
+        if call.arguments.get("max_iter", 1) < 1:
+            raise UserError(f"{call}: max_iter is not at least 1")
+        if "clip_grad_max_norm" in call.arguments:
+            raise UserError(
+                f"{call}: LBFGS learns from gradients as they are, they are not clipped"
+            )
+        if head_lr is not None:
+            raise UserError("--head_lr: LBFGS takes all parameters as one group, leave it out")
+    if no_decay and "weight_decay" not in signature_of(call.cls).parameters:
+        raise UserError(f"--no_decay: {call.cls.__name__} has no weight decay, leave it out")
     known, muon = signature_of(call.cls).parameters, call.cls is Muon
     filled = {"lr": 0.02 if muon else lr, "weight_decay": weight_decay}
     filled = {name: value for name, value in filled.items() if name in known}
@@ -107,6 +119,8 @@ def build_optimizer(
         else:
             optimizer = call.cls(groups, **arguments)
     optimizer.text = str(call)
+    if muon:
+        optimizer.text += f" on the blocks' matrices, AdamW({lr=}, {weight_decay=}) on the rest"
     return optimizer
 
 
@@ -273,7 +287,7 @@ def _fill(call: Call, run: Run) -> Call:
     """`call`, and those inside it, with the arguments of FROM_RUN."""
     derived = {name: value(run) for name, value in FROM_RUN.get(call.cls, {}).items()}
     if "epochs" in call.arguments:  # OneCycleLR's other way to say total_steps
-        del derived["total_steps"]
+        derived.pop("total_steps", None)
     arguments = derived | call.arguments
     parameters = signature_of(call.cls).parameters
     missing = [p.name for p in parameters.values() if p.default is p.empty]
@@ -338,9 +352,7 @@ class Schedule:
         ]
         self._val_losses: list[float | None] = []
         self._batch = 0
-        for epoch, rates in self.rates(limit=MAX_REHEARSAL):
-            if not all(0 <= rate < math.inf for rate in rates):
-                raise UserError(f"{call}: the learning rate is {rates} after {epoch:g} epochs")
+        self.rates(limit=MAX_REHEARSAL)  # which refuses what would fail in the run
 
     def __str__(self) -> str:
         text = f"{self.text}, every {self.interval}"
@@ -354,7 +366,7 @@ class Schedule:
         if self._epoch < self.warmup_epochs:
             self._warm_up()
         elif self._batchwise:
-            self.scheduler.step()
+            self._move()
 
     def step_epoch(self, val_loss: float | None = None) -> None:
         """To be called after every epoch; ReduceLROnPlateau goes by the validation loss."""
@@ -362,8 +374,25 @@ class Schedule:
         self._batch = 0
         if self._epoch > self.warmup_epochs and not self._batchwise:
             plateau = isinstance(self.scheduler, lr_scheduler.ReduceLROnPlateau)
-            self.scheduler.step(*([val_loss] if plateau else []))
+            self._move(*([val_loss] if plateau else []))
         self._enter_epoch()
+
+    def _move(self, *arguments: float) -> None:
+        """Move the schedule by one. The rehearsal ends before a very long run does."""
+        try:
+            self.scheduler.step(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{self.call} in epoch {self._epoch + 1}: {error}") from error
+        done = self._epoch * self.steps_per_epoch + self._batch
+        if done < self.epochs * self.steps_per_epoch:  # no step will use the rates after the last
+            self._check_rates()
+
+    def _check_rates(self) -> None:
+        rates = self._rates()
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise UserError(f"{self.call}: the learning rate is {rates} in epoch {self._epoch + 1}")
 
     def rates(
         self, val_loss: float = 1.0, limit: int | None = None
@@ -389,7 +418,7 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the validation losses of the epochs done, the batches done in the next."""
-        return {"text": self.text, "val_losses": list(self._val_losses), "batch": self._batch}
+        return {"val_losses": list(self._val_losses), "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position and set the rates there; the optimizer's state is loaded apart.
@@ -435,6 +464,7 @@ class Schedule:
         self._annealing = False
         self.scheduler = _construct(self.call, self.optimizer)
         self._first_rates = self._rates()
+        self._check_rates()
         self._enter_epoch()
 
     def _enter_epoch(self) -> None:
@@ -648,14 +678,16 @@ GALLERY: list[tuple[str, dict[str, Any]]] = [
 
 def _panel(args: argparse.Namespace, model: nn.Module, title: str) -> dict[str, Any]:
     """The schedule that the flags describe, as `figures.lr_schedules` draws it."""
-    flags = ("lr", "weight_decay", "head_lr", "no_decay")
-    flags = {flag: getattr(args, flag) for flag in flags}
-    optimizer = build_optimizer(args.optimizer, model, **flags)
-    flags = ("epochs", "steps_per_epoch", "warmup_epochs")
-    flags += ("swa_start", "swa_lr", "swa_anneal_epochs", "swa_anneal_strategy")
-    flags = {flag: getattr(args, flag) for flag in flags}
+
+    def picked(*names: str) -> dict[str, Any]:
+        return {name: getattr(args, name) for name in names}
+
+    groups = picked("lr", "weight_decay", "head_lr", "no_decay")
+    optimizer = build_optimizer(args.optimizer, model, **groups)
+    run = picked("epochs", "steps_per_epoch", "warmup_epochs")
+    swa = picked("swa_start", "swa_lr", "swa_anneal_epochs", "swa_anneal_strategy")
     interval = args.scheduler_interval
-    schedule = build_scheduler(args.scheduler, optimizer, interval=interval, **flags)
+    schedule = build_scheduler(args.scheduler, optimizer, interval=interval, **run, **swa)
     epochs, rates = zip(*schedule.rates(), strict=True)
     curves = {}  # groups that differ in weight decay alone share one
     for group, curve in zip(optimizer.param_groups, zip(*rates, strict=True), strict=True):
@@ -688,6 +720,17 @@ def main() -> None:
         from vit_model import ViT
 
         model = ViT(embed_dim=8, depth=1, num_heads=1)
+        if args.epochs * args.steps_per_epoch > MAX_PLOTTED:
+            raise UserError(
+                f"--epochs {args.epochs} x --steps_per_epoch {args.steps_per_epoch} are too many "
+                f"to draw: expected at most {MAX_PLOTTED:,} steps"
+            )
+        others = parser.given().keys() - {"plot", "list", "output", "scheduler"}
+        if others and not args.scheduler:
+            raise UserError(
+                f"--{min(others)} is for one schedule: name it with --scheduler, or leave it out "
+                "to draw the gallery of all"
+            )
         if args.scheduler:
             panels = [_panel(args, model, "")]
             print(panels[0]["title"])

@@ -173,7 +173,7 @@ def train_one_epoch(
             total_lrs[i] += group["lr"]
         loss, logits = forward_backward(images, labels)
         if optim.needs_closure(optimizer):
-            # LBFGS makes passes of its own, and learns from the gradients as they are.
+            # LBFGS makes passes of its own beside this one, on gradients as they are.
             grad_norm = optim.clip_gradients(optimizer, 0.0)
             optimizer.step(partial(lambda x, y: forward_backward(x, y)[0], images, labels))
         else:
@@ -242,6 +242,9 @@ def main() -> None:
         model,
         **{name: settings[name] for name in ("lr", "weight_decay", "head_lr", "no_decay")},
     )
+    # A rate or decay in the call itself wins over the flags': keep what is really used.
+    first_group = optimizer.param_groups[0]
+    settings["lr"], settings["weight_decay"] = first_group["lr"], first_group.get("weight_decay")
     schedule = optim.build_scheduler(
         settings["scheduler"],
         optimizer,
@@ -315,13 +318,15 @@ def main() -> None:
             val_loss, val_acc, val_top5 = evaluate(averaged.module, val_loader, criterion, device)
             if not all(map(math.isfinite, (row["train_loss"], row["grad_norm"], val_loss))):
                 raise UserError(
-                    f"loss or gradient is no longer finite in epoch {epoch}: lower --lr or "
-                    f"--grad_clip {settings['grad_clip']}; the best model so far is kept"
+                    f"loss or gradient is no longer finite in epoch {epoch}: lower the "
+                    "learning rate or --grad_clip; the best model so far is kept"
                 )
             schedule.step_epoch(val_loss)
             seconds = time.perf_counter() - start
 
             # ---------------------------------------------------------------------- checkpoint
+            if epoch == settings["swa_start"]:
+                best_acc = -1.0  # from here on it is the average that is to be the best
             is_best = val_acc > best_acc
             with uninterrupted():
                 history["epochs"].append(

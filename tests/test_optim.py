@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
 import oneflow_optim
+import optim
 from calls import OPTIMIZERS, SCHEDULERS, parse_call
 from cli import UserError
 from optim import (
@@ -230,7 +231,7 @@ SCHEDULER_MISTAKES = {
     "OneCycleLR(total_steps=5)": "Tried to step",
     "LambdaLR('epoch.real')": "epoch.real is no value",
     "LambdaLR('open(1)')": r"open\(1\) is no value",
-    "LambdaLR('1 / (epoch - 5)')": "'1 / \\(epoch - 5\\)' at 5: ",
+    "LambdaLR('1 / (5 - epoch)')": "'1 / \\(5 - epoch\\)' at 5: ",
     "LambdaLR('-epoch')": "the learning rate is",
     "LambdaLR('10 ** (10 ** epoch)')": "no finite real number",
     "LambdaLR(3)": "lr_lambda=3 given",
@@ -446,7 +447,11 @@ def test_every_optimizer_learns(name):
 def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
     model, plain = tiny_vit(), tiny_vit()
     optimizer = build_optimizer("Muon(momentum=0.9)", model, **RUN, head_lr=0.5)
-    assert optimizer.text == "Muon(lr=0.02, weight_decay=0.01, momentum=0.9)"
+    muon, adamw = (
+        "Muon(lr=0.02, weight_decay=0.01, momentum=0.9)",
+        "AdamW(lr=0.01, weight_decay=0.01)",
+    )
+    assert optimizer.text == f"{muon} on the blocks' matrices, {adamw} on the rest"
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     assert rates == {"body": 0.01, "head": 0.5, "matrices": 0.02}
 
@@ -691,7 +696,8 @@ def go(model, optimizer, schedule, average, steps):
 
 def start(optimizer_text, scheduler_text, **settings):
     model = tiny_vit()
-    groups = {} if "LBFGS" in optimizer_text else {"head_lr": 5e-3, "no_decay": True}
+    decays = not optimizer_text.startswith("Rprop")
+    groups = {} if "LBFGS" in optimizer_text else {"head_lr": 5e-3, "no_decay": decays}
     optimizer = build_optimizer(optimizer_text, model, **RUN, **groups)
     run = {"epochs": 20, "steps_per_epoch": 2} | settings
     schedule = build_scheduler(scheduler_text, optimizer, **run)
@@ -739,7 +745,7 @@ def test_a_run_goes_on_with_more_epochs_on_the_longer_schedule():
     assert longer.text == "CosineAnnealingLR(T_max=8)"
     assert optimizer.param_groups[0]["lr"] == pytest.approx(RUN["lr"] / 2)
     with pytest.raises(UserError, match="at epoch 6, batch 0"):
-        schedule.load_state_dict({"text": "", "val_losses": [1.0] * 6, "batch": 0})
+        schedule.load_state_dict({"val_losses": [1.0] * 6, "batch": 0})
 
 
 @pytest.mark.parametrize("scheduler_text", ["LambdaLR('0.9 ** epoch')", "onecycle", "plateau"])
@@ -850,3 +856,24 @@ def test_a_bad_text_is_one_line_and_status_2(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --scheduler: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_schedule_that_fails_late_is_named_then(monkeypatch):
+    """The rehearsal of a long run ends before the run does."""
+    monkeypatch.setattr(optim, "MAX_REHEARSAL", 10)
+    optimizer = build_optimizer("AdamW", tiny_vit(), **RUN)
+    for text in ("OneCycleLR(total_steps=20)", "LambdaLR('1 - epoch / 20')"):
+        settings = {"epochs": 30, "steps_per_epoch": 1, "interval": "step"}
+        schedule = build_scheduler(text, optimizer, **settings)
+        with pytest.raises(UserError, match=r"in epoch 2\d"):
+            for _ in range(30):
+                optimizer.step()
+                schedule.step_batch()
+                schedule.step_epoch(1.0)
+
+
+def test_the_gallery_takes_no_flags_of_a_run(tmp_path):
+    done = command("--plot", "--epochs", "10", "--output", str(tmp_path / "x.png"))
+    assert done.returncode == 2 and "--epochs is for one schedule" in done.stderr
+    done = command("--plot", "--scheduler=cosine", "--epochs", "2000000")
+    assert done.returncode == 2 and "too many to draw" in done.stderr

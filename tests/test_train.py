@@ -185,7 +185,10 @@ def test_training_averages_are_exact_over_samples(digits_loader):
         ["--optimizer", "SGD(lr=0.05, momentum=0.9, nesterov=True)", "--scheduler", "onecycle"],
         ["--optimizer", "Muon", "--head_lr", "1e-3", "--no_decay", "--warmup_epochs", "1"],
         # Its curvature needs batches that agree: all images at once, no dropout, fp32.
-        ["--optimizer", "LBFGS(lr=0.3, max_iter=5)", "--batch_size=500", "--dropout=0"],
+        [
+            *("--optimizer", "LBFGS(lr=0.3, max_iter=5)", "--scheduler", "plateau"),
+            *("--batch_size=500", "--dropout=0", "--precision=fp32"),
+        ],
         ["--optimizer", "lamb(adam_w_mode=False)", "--scheduler", "CosineDecayLR"],
     ],
 )
@@ -196,6 +199,9 @@ def test_optimizers_and_schedules_train_from_the_command_line(run, tmp_path, fla
     losses = [row["train_loss"] for row in history["epochs"]]
     assert losses[-1] < losses[0]
     call = history["settings"]["optimizer"]
+    assert history["settings"]["lr"] == {"SGD": 0.05, "LBFGS": 0.3}.get(
+        flags[1].split("(")[0], 1e-3
+    )
     assert call.lower().startswith(flags[1].split("(")[0].lower()) and call in result.out
     assert history["settings"]["scheduler"] in result.out
     _, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
@@ -280,6 +286,10 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--ema_decay 0.9 --swa_start 2", "--ema_decay --swa_start"),
         ("--swa_start 999", "--swa_start 999"),
         ("--warmup_epochs 100", "--warmup_epochs 100"),
+        ("--optimizer LBFGS --head_lr 0.1", "--head_lr LBFGS"),
+        ("--optimizer Rprop --no_decay", "--no_decay Rprop"),
+        ("--optimizer LBFGS(history_size=0)", "history_size"),
+        ("--optimizer LBFGS(clip_grad_max_norm=1.0)", "LBFGS clipped"),
         ("--lr inf", "--lr 'inf'"),
         ("--lr 0", "--lr '0'"),
         ("--weight_decay -1", "--weight_decay '-1'"),
@@ -331,7 +341,9 @@ def test_a_loss_that_explodes_ends_the_run_and_keeps_the_best_model(run, tmp_pat
     assert run(train.main, *TINY, "--epochs", 1).status == 0
     before = weights(tmp_path)
     flags = "--lr 1e30 --weight_decay 1e30 --grad_clip 0 --epochs 3".split()
-    assert_one_error_line(run(train.main, *TINY, *flags), "finite in epoch 1", "lower --lr")
+    assert_one_error_line(
+        run(train.main, *TINY, *flags), "finite in epoch 1", "lower the learning rate"
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
 
 
