@@ -127,9 +127,17 @@ def choose_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # without one of these instruction sets, bf16 on a CPU is emulated and slower than fp32
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = _cpu_computes_bf16()
     return "bf16" if fast else "fp32"
+
+
+def _cpu_computes_bf16() -> bool:
+    """Whether the CPU has instructions for it; without, bf16 is emulated and slower than fp32."""
+    try:
+        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    except AttributeError:  # PyTorch for another architecture than x86
+        return False
 
 
 def describe_device(device: torch.device) -> str:
