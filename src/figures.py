@@ -61,7 +61,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
     best = max(history["epochs"], key=lambda row: row["val_acc"])
     label = f"best: {best['val_acc']:.2f} % in epoch {best['epoch']}"
     top1.plot(best["epoch"], best["val_acc"], "*", color=GREEN, markersize=12, label=label)
-    top1.legend(frameon=False, loc="lower right")
+    top1.legend(frameon=False)
     groups: dict[str, list[float]] = {}  # those that differ in weight decay alone share a curve
     for group in history["epochs"][0]["lr"]:
         rates = [row["lr"][group] for row in history["epochs"]]

@@ -296,9 +296,6 @@ def main() -> None:
         "versions": history["versions"],
     }
     best_acc, best_epoch = -1.0, 0
-    with uninterrupted():
-        write_json(history_path, history)
-        reset_todo_md(settings["epochs"], args.todo_path, dataset.name)
     try:
         for epoch in range(1, settings["epochs"] + 1):
             start = time.perf_counter()
@@ -353,6 +350,8 @@ def main() -> None:
                         state["raw_model_state_dict"] = model.state_dict()
                     save_checkpoint(best_path, {**state, **about})
                 write_json(history_path, history)
+                if epoch == 1:  # not before: until then the files are an earlier run's, and agree
+                    reset_todo_md(settings["epochs"], args.todo_path, dataset.name)
                 update_todo_md(epoch, row["train_loss"], val_acc, is_best, args.todo_path)
             print(
                 f"Epoch {epoch:2d}/{settings['epochs']}  "
@@ -363,13 +362,10 @@ def main() -> None:
             if is_best:
                 print(f"          best so far, saved to {best_path}")
     except KeyboardInterrupt:
-        kept = f"best model (epoch {best_epoch}) in {best_path}"
-        if not best_epoch:
-            kept = "no model of this run yet"
-            kept += f", {best_path} is an earlier run's" if best_path.exists() else ""
+        kept = f"best model (epoch {best_epoch}) in {best_path}, history in {history_path}"
         raise KeyboardInterrupt(
-            f"interrupted after {len(history['epochs'])} of {settings['epochs']} epochs: {kept}, "
-            f"history in {history_path}"
+            f"interrupted after {len(history['epochs'])} of {settings['epochs']} epochs: "
+            + (kept if best_epoch else "nothing written, an earlier run's files are as they were")
         ) from None
 
     # ---------------------------------------------------------------------------------- report

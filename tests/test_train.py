@@ -363,6 +363,20 @@ def test_a_run_on_a_gpu(run, tmp_path):
 # ----------------------------------------------------------------------------------------- stopping
 
 
+def test_ctrl_c_in_the_first_epoch_leaves_an_earlier_runs_files(run, tmp_path, monkeypatch):
+    assert run(train.main, *TINY, "--epochs", 1).status == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+
+    def interrupted(*_) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.optim.WeightAverage, "step_batch", interrupted)
+    result = run(train.main, *TINY, "--epochs", 9)
+    assert result.status == 130 and "after 0 of 9 epochs: nothing written" in result.err
+    assert {path: path.read_bytes() for path in files} == before
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 def test_ctrl_c_leaves_model_history_and_todo_consistent(tmp_path):
     command = [sys.executable, "-u", ROOT / "src" / "train.py", *QUICK, "--epochs", "500"]
