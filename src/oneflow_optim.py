@@ -93,6 +93,7 @@ class Adam(LAMB):
     """Adam with OneFlow's `do_bias_correction`: weight decay is added to the gradient."""
 
     layerwise = False
+    decay_in_update = False
 
     def __init__(
         self,
@@ -103,24 +104,14 @@ class Adam(LAMB):
         weight_decay: float = 0.0,
         do_bias_correction: bool = True,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, False, do_bias_correction)
+        mode = self.decay_in_update
+        super().__init__(params, lr, betas, eps, weight_decay, mode, do_bias_correction)
 
 
-class AdamW(LAMB):
+class AdamW(Adam):
     """AdamW with OneFlow's `do_bias_correction`: weight decay is added to the update."""
 
-    layerwise = False
-
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        do_bias_correction: bool = True,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, True, do_bias_correction)
+    decay_in_update = True
 
 
 class CosineDecayLR(LRScheduler):
