@@ -66,7 +66,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         config = {"num_heads": PUBLISHED_NUM_HEADS, **sizes, **checkpoint.get("model_config", {})}
         # A ratio is told by whole neurons only: 2.7 x 96 are 259, which would read 2.698.
         hidden_dim = round(config["embed_dim"] * config["mlp_ratio"])
-        told = {**config, "mlp_ratio": hidden_dim / config["embed_dim"]}
+        told = {"pool": "cls", **config, "mlp_ratio": hidden_dim / config["embed_dim"]}
         if any(told[name] != size for name, size in sizes.items()):
             raise ValueError(f"its configuration {config} is not its tensors' {sizes}")
         # Tensors may claim to be larger than what is stored of them, so ask before allocating.
@@ -123,10 +123,11 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _sizes(state: dict[str, Tensor]) -> dict[str, int | float]:
+def _sizes(state: dict[str, Tensor]) -> dict[str, int | float | str]:
     """The arguments of `ViT` that its tensors' shapes tell."""
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    num_patches = state["pos_embed"].shape[1] - 1
+    pool = "cls" if "cls_token" in state else "mean"
+    num_patches = state["pos_embed"].shape[1] - (pool == "cls")
     return {
         "img_size": isqrt(num_patches) * patch_size,
         "patch_size": patch_size,
@@ -135,4 +136,5 @@ def _sizes(state: dict[str, Tensor]) -> dict[str, int | float]:
         "embed_dim": embed_dim,
         "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         "mlp_ratio": state["blocks.0.mlp.0.weight"].shape[0] / embed_dim,
+        "pool": pool,
     }

@@ -7,6 +7,8 @@ comments on shapes
     B: images in a batch     N: patches of an image            D: embed_dim, the width of a token
     C: channels              T: tokens, N + 1 with CLS         H: attention heads, each D / H wide
 
+With `pool="mean"` there is no CLS token, and T = N.
+
 Run this file to see the default network's output shape and number of parameters.
 """
 
@@ -136,14 +138,39 @@ class TransformerBlock(nn.Module):
         return x
 
 
+def sincos2d(side: int, embed_dim: int) -> Tensor:
+    """Fixed position embeddings: sines and cosines of a patch's column, then of its row.
+
+    Source: Beyer et al., "Better plain ViT baselines for ImageNet-1k" (2022); the frequencies are
+    those of Vaswani et al., 2017, section 3.5.
+
+    Shape: (1, side^2, embed_dim), row by row.
+
+    Raises:
+        ValueError: 4 does not divide `embed_dim`.
+    """
+    if embed_dim % 4 != 0:
+        raise ValueError(f"sincos2d needs an embed_dim divisible by 4, got {embed_dim}")
+    frequencies = 10_000 ** -torch.linspace(0, 1, embed_dim // 4)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = torch.stack((columns, rows), dim=-1).view(-1, 2, 1) * frequencies  # (N, 2, D/4)
+    return torch.stack((angles.sin(), angles.cos()), dim=2).view(1, -1, embed_dim)
+
+
 class ViT(nn.Module):
     """Vision Transformer: patches and a CLS token, encoder blocks, a linear head on the CLS token
     (ViT, eqs. 1 to 4).
 
+    Args:
+        pool: what the head reads: "cls", or "mean", the mean of the patches' tokens without any
+            CLS token (Beyer et al., 2022).
+        pos_embed: "learned", or "sincos2d", fixed.
+
     Shape: (B, in_chans, img_size, img_size) -> logits (B, num_classes).
 
     Raises:
-        ValueError: `patch_size` does not divide `img_size`, or `num_heads` `embed_dim`.
+        ValueError: `patch_size` does not divide `img_size`, or `num_heads` `embed_dim`, or another
+            word for `pool` or `pos_embed`.
     """
 
     def __init__(
@@ -157,11 +184,27 @@ class ViT(nn.Module):
         num_heads: int = 4,
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
+        pool: str = "cls",
+        pos_embed: str = "learned",
     ) -> None:
         super().__init__()
+        if pool not in ("cls", "mean") or pos_embed not in ("learned", "sincos2d"):
+            raise ValueError(
+                f"pool {pool!r} and pos_embed {pos_embed!r} given, expected cls or mean and "
+                "learned or sincos2d"
+            )
+        self.pool = pool
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim))
+        num_tokens = self.patch_embed.num_patches
+        if pool == "cls":
+            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+            num_tokens += 1
+        if pos_embed == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
+        else:  # CLS has no place in the image: all 0
+            fixed = torch.zeros(1, num_tokens, embed_dim)
+            fixed[:, -self.patch_embed.num_patches :] = sincos2d(img_size // patch_size, embed_dim)
+            self.register_buffer("pos_embed", fixed)
         self.pos_drop = Dropout(dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(embed_dim, num_heads, mlp_ratio, dropout) for _ in range(depth)
@@ -169,8 +212,10 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
 
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.pos_embed, std=0.02)
+        if pool == "cls":
+            nn.init.normal_(self.cls_token, std=0.02)
+        if pos_embed == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -178,11 +223,14 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)  # (B, N, D)
-        cls = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
-        x = self.pos_drop(torch.cat((cls, x), dim=1) + self.pos_embed)  # (B, T, D)
+        if self.pool == "cls":
+            cls = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
+            x = torch.cat((cls, x), dim=1)
+        x = self.pos_drop(x + self.pos_embed)  # (B, T, D)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, 0]))  # (B, num_classes)
+        x = self.norm(x[:, 0]) if self.pool == "cls" else self.norm(x).mean(dim=1)  # (B, D)
+        return self.head(x)  # (B, num_classes)
 
 
 def count_parameters(model: nn.Module) -> int:

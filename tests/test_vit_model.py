@@ -9,7 +9,15 @@ import torch
 from conftest import ROOT, needs_cuda
 from torch import nn
 
-from vit_model import Attention, Dropout, PatchEmbed, TransformerBlock, ViT, count_parameters
+from vit_model import (
+    Attention,
+    Dropout,
+    PatchEmbed,
+    TransformerBlock,
+    ViT,
+    count_parameters,
+    sincos2d,
+)
 
 BLOCK = {
     "norm1.weight": (96,),
@@ -97,6 +105,50 @@ def test_only_the_cls_token_is_read():
     model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(torch.randn(2, 1, 28, 28))
     assert seen[0].shape == (2, 96)
+
+
+def test_mean_pooling_averages_the_patches_and_has_no_cls_token():
+    torch.manual_seed(0)
+    model = ViT(depth=2, pool="mean").eval()
+    assert "cls_token" not in model.state_dict() and model.pos_embed.shape == (1, 16, 96)
+    x = torch.randn(2, 1, 28, 28)
+    tokens = model.patch_embed(x) + model.pos_embed
+    for block in model.blocks:
+        tokens = block(tokens)
+    torch.testing.assert_close(model(x), model.head(model.norm(tokens).mean(dim=1)))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_fixed_positions_are_saved_and_not_learned(pool):
+    model = ViT(depth=1, pool=pool, pos_embed="sincos2d")
+    assert "pos_embed" in model.state_dict()
+    assert "pos_embed" not in dict(model.named_parameters())
+    assert torch.equal(model.pos_embed[:, -16:], sincos2d(4, 96))
+    if pool == "cls":
+        assert not model.pos_embed[:, 0].any()
+
+
+def test_sincos2d_by_hand():
+    fixed = sincos2d(side=3, embed_dim=8)
+    assert fixed.shape == (1, 9, 8)
+    for row in range(3):
+        for column in range(3):
+            # Frequencies 1 and 1/10,000; first the column's sines and cosines, then the row's.
+            expected = [
+                f(place * frequency)
+                for place in (column, row)
+                for f in (math.sin, math.cos)
+                for frequency in (1, 1e-4)
+            ]
+            assert fixed[0, 3 * row + column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"pool": "max"}, {"pos_embed": "rope"}, {"pos_embed": "sincos2d", "embed_dim": 6}]
+)
+def test_unknown_pooling_and_positions_are_refused(arguments):
+    with pytest.raises(ValueError, match=str(list(arguments.values())[-1])):
+        ViT(depth=1, num_heads=1, **arguments)
 
 
 def test_initialisation():
