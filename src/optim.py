@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.optim import Muon, Optimizer, lr_scheduler, swa_utils
+from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
 
 import cli
@@ -32,6 +32,7 @@ from calls import (
     signature_of,
 )
 from cli import UserError
+from muon import Muon
 from recipes import DEFAULTS
 
 MAX_HISTORY = 1000  # LBFGS's history_size; each entry is as large as the model
@@ -71,8 +72,9 @@ def build_optimizer(
     token and position embedding the weight decay. Where there are several groups, each has its
     `name`.
 
-    Muon gets the weight matrices under `blocks.`, with a rate of 0.02 where the text sets none; all
-    else is AdamW's, with `lr` and `weight_decay`.
+    Muon gets the weight matrices under `blocks.`, with a rate of 0.02 where the text sets none, and
+    takes the packed projection for query, key and value as three; all else is AdamW's, with `lr`
+    and `weight_decay`.
 
     The optimizer's `text` is the call with what was filled in, for Muon with AdamW's beside it.
 
@@ -95,7 +97,7 @@ def build_optimizer(
             raise UserError("--head_lr: LBFGS takes all parameters as one group, leave it out")
     if no_decay and "weight_decay" not in signature_of(call.cls).parameters:
         raise UserError(f"--no_decay: {call.cls.__name__} has no weight decay, leave it out")
-    known, muon = signature_of(call.cls).parameters, call.cls is Muon
+    known, muon = signature_of(call.cls).parameters, call.cls is torch.optim.Muon
     filled = {"lr": 0.02 if muon else lr, "weight_decay": weight_decay}
     filled = {name: value for name, value in filled.items() if name in known}
     call = Call(call.cls, filled | call.arguments)
@@ -115,6 +117,8 @@ def build_optimizer(
         if muon:
             adamw = {"lr": lr, "weight_decay": weight_decay}
             adamw["fused"] = device.type in ("cpu", "cuda")
+            named = model.named_parameters()
+            arguments["packed"] = {p: 3 for n, p in named if n.endswith("in_proj_weight")}
             optimizer = MuonWithAdamW(groups, muon=arguments, adamw=adamw)
         else:
             optimizer = call.cls(groups, **arguments)
@@ -185,7 +189,7 @@ def _rehearse(cls: type[Optimizer], arguments: dict[str, Any], device: torch.dev
 
 
 class MuonWithAdamW(Optimizer):
-    """`torch.optim.Muon` (Jordan et al., 2024) for the groups marked `muon`, AdamW for the others.
+    """Muon (Jordan et al., 2024) for the groups marked `muon`, AdamW for the others.
 
     Both work on the groups and the state of this one optimizer, so schedules and checkpoints see no
     difference. AdamW's groups come first.
