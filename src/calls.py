@@ -49,7 +49,8 @@ SHORT_NAMES = {
 }  # and every name without its LR: onecycle, cyclic, step, linear, ...
 
 MAX_TEXT = 4000  # characters; longer, deeper or larger is no setting of a training run
-MAX_DEPTH = 20
+MAX_DEPTH = 20  # of brackets
+MAX_LEVELS = 100  # of the syntax tree, where a sum has one for each term
 MAX_NUMBER = 1e100
 
 # Set by the training script, or of no use in it.
@@ -170,11 +171,17 @@ def _parse(text: str) -> ast.expr:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.parse(text.strip(), mode="eval").body
+            tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(
             f"{_short(text)!r} is no call such as SGD(momentum=0.9) or StepLR(step_size=5)"
         ) from None
+    level = [tree]
+    for _ in range(MAX_LEVELS):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        raise UserError(f"{_short(text)!r} is nested deeper than {MAX_LEVELS} levels")
+    return tree
 
 
 def parse_call(text: str, classes: Classes) -> Call:
