@@ -10,7 +10,7 @@ from conftest import MNIST, needs_mnist
 from torch import nn
 
 import utils
-from augment import RandomAffine, resample
+from augment import Augment, erase, resample, smooth
 from cli import UserError
 from utils import BatchLoader, Split, accuracy, evaluate, reset_todo_md, update_todo_md
 
@@ -179,17 +179,31 @@ def test_resample_turns_counter_clockwise_and_moves_right_and_down():
 
 
 def test_resample_equals_a_slow_exact_version():
+    """All geometric changes at once, pixel by pixel, against one matrix and one grid."""
     torch.manual_seed(0)
     image = torch.rand(9, 9, dtype=torch.float64)
-    angle, (dx, dy) = 0.3, (1.25, -0.5)  # pixels
-    shift = torch.tensor([[dx, dy]], dtype=torch.float64) * 2 / 9
-    fast = resample(image[None, None], torch.tensor([angle], dtype=torch.float64), shift)[0, 0]
+    angle, (dx, dy), factor, slant = 0.3, (1.25, -0.5), 1.2, 0.25  # shift in pixels
+    field = torch.randn(2, 9, 9, dtype=torch.float64)  # pixels
+    fast = resample(
+        image[None, None],
+        torch.tensor([angle], dtype=torch.float64),
+        torch.tensor([[dx, dy]], dtype=torch.float64) * 2 / 9,
+        torch.tensor([factor], dtype=torch.float64),
+        torch.tensor([slant], dtype=torch.float64),
+        field[None] * 2 / 9,
+    )[0, 0]
     for row in range(9):
         for column in range(9):
-            # Back: undo the shift, then the turn about the centre; y grows downwards.
+            # Back: undo the shift, the turn about the centre (y grows downwards), the slant, the
+            # scaling; then what the field adds.
             x, y = column - 4 - dx, row - 4 - dy
-            source_x = math.cos(angle) * x - math.sin(angle) * y + 4
-            source_y = math.sin(angle) * x + math.cos(angle) * y + 4
+            x, y = (
+                math.cos(angle) * x - math.sin(angle) * y,
+                math.sin(angle) * x + math.cos(angle) * y,
+            )
+            x, y = (x - slant * y) / factor, y / factor
+            source_x = x + 4 + field[0, row, column].item()
+            source_y = y + 4 + field[1, row, column].item()
             value = 0.0
             for r in range(9):
                 for c in range(9):
@@ -198,12 +212,72 @@ def test_resample_equals_a_slow_exact_version():
             assert fast[row, column].item() == pytest.approx(value, abs=1e-9)
 
 
-def test_random_affine_turns_and_moves_within_its_limits_and_never_flips():
+def test_scale_enlarges_and_shear_leans_to_the_left_at_the_top():
+    image = torch.zeros(1, 1, 28, 28)
+    image[..., 4:24, 13:15] = 1  # an upright bar
+    still = torch.zeros(1), torch.zeros(1, 2)
+    larger = resample(image, *still, factor=torch.tensor([1.4]))[0, 0]
+    assert larger.any(dim=1).sum() == 28 and larger.sum() > 1.6 * image.sum()
+    leaning = resample(image, *still, slant=torch.tensor([0.5]))[0, 0]
+    columns = torch.arange(28.0)
+    top, bottom = ((leaning[row] * columns).sum() / leaning[row].sum() for row in (5, 22))
+    assert (bottom - top).item() == pytest.approx(0.5 * 17, abs=0.2)
+
+
+def test_smooth_noise_is_a_gaussian_blur_of_unit_variance():
+    torch.manual_seed(0)
+    field = smooth(torch.randn(4000, 28, 28), sigma=4.0)
+    torch.testing.assert_close(field.std(dim=0), torch.ones(28, 28), atol=0.06, rtol=0)
+    # Neighbours d pixels apart correlate by exp(-d^2 / (4 sigma^2)) away from the border.
+    for d in (1, 4, 8):
+        correlation = (field[:, 14, 8] * field[:, 14, 8 + d]).mean().item()
+        assert correlation == pytest.approx(math.exp(-(d**2) / 64), abs=0.06)
+    noise = torch.randn(1, 9, 9, dtype=torch.float64)
+    weight = [[math.exp(-((i - j) ** 2) / (2 * 2.0**2)) for j in range(9)] for i in range(9)]
+    norm = [math.sqrt(sum(w * w for w in row)) for row in weight]
+    blurred = smooth(noise, sigma=2.0)[0]
+    for i, j in ((0, 0), (4, 4), (8, 3)):
+        slow = sum(
+            weight[i][r] * weight[j][c] * noise[0, r, c].item() for r in range(9) for c in range(9)
+        )
+        assert blurred[i, j].item() == pytest.approx(slow / norm[i] / norm[j], abs=1e-9)
+
+
+def test_erase_sets_one_rectangle_of_the_stated_size_to_0():
+    torch.manual_seed(0)
+    hit = erase(torch.ones(3000, 1, 28, 28), torch.rand(3000, 5), probability=0.4)[:, 0] == 0
+    touched = hit.any(dim=2).any(dim=1)
+    assert touched.float().mean().item() == pytest.approx(0.4, abs=0.04)
+    height, width = (hit.any(dim=d).sum(dim=1)[touched] for d in (2, 1))
+    area = hit.sum(dim=(1, 2))[touched]
+    assert torch.equal(area, height * width)  # full, and with no second one
+    assert 0.012 * 784 < area.min() < 0.04 * 784 and 0.17 * 784 < area.max() < 0.23 * 784
+    assert hit[:, 0].any() and hit[:, -1].any() and hit[:, :, 0].any() and hit[:, :, -1].any()
+    assert not (erase(torch.ones(50, 1, 28, 28), torch.rand(50, 5), probability=0.0) == 0).any()
+
+
+@pytest.mark.parametrize("name", ["rotate", "translate", "scale", "shear", "elastic", "erase"])
+def test_each_strength_changes_images_on_its_own_and_0_leaves_them(digits, name):
+    images = digits.train.images[:64].float() / 255
+    off = dict.fromkeys(("rotate", "translate", "scale", "shear", "elastic", "erase"), 0.0)
+    assert torch.equal(Augment(**off)(images, torch.Generator()), images)
+    strength = {"rotate": 15.0, "shear": 15.0, "elastic": 1.0}.get(name, 0.2)
+
+    def changed(seed):
+        augment = Augment(**off | {name: strength})
+        return augment(images.clone(), torch.Generator().manual_seed(seed))
+
+    assert torch.equal(changed(1), changed(1)) and not torch.equal(changed(1), changed(2))
+    assert not torch.equal(changed(1), images)
+    assert changed(1).min() >= 0 and changed(1).max() <= 1
+
+
+def test_augment_turns_and_moves_within_its_limits_and_never_flips():
     # Each image is a plane, x or y; where it is read from in the middle tells the whole map.
     line = torch.arange(28.0) - 13.5
     x = line.expand(500, 1, 28, 28) + 100  # + 100: far from the 0 that comes in from outside
     y = line.view(28, 1).expand(500, 1, 28, 28) + 100
-    augment = RandomAffine(degrees=7.0, translate=0.1)
+    augment = Augment(rotate=7.0, translate=0.1)
     x, y = (augment(p, torch.Generator().manual_seed(3))[:, 0] - 100 for p in (x, y))
     dx, dy = (
         torch.stack((p[:, 13, 14] - p[:, 13, 13], p[:, 14, 13] - p[:, 13, 13])) for p in (x, y)
