@@ -27,9 +27,62 @@ DEFAULTS: dict[str, Any] = {
     "num_heads": 4,
     "mlp_ratio": 4.0,
     "dropout": 0.1,
+    "pool": "cls",
+    "pos_embed": "learned",
+    "rotate": 7.0,
+    "translate": 0.1,
+    "scale": 0.0,
+    "shear": 0.0,
+    "elastic": 0.0,
+    "erase": 0.0,
 }
 
-# What replaces a default where a data set asks for it.
+# What `--recipe` names: settings that replace defaults. A flag given by hand wins over them. All were
+# chosen by validation accuracy.
+RECIPES: dict[str, dict[str, Any]] = {
+    # As published.
+    "article": {},
+    # The least time to 99 % on a CPU: a quarter of the blocks, steps of twice the images, Muon.
+    "fast": {
+        "epochs": 6,
+        "batch_size": 256,
+        "label_smoothing": 0.0,
+        "optimizer": "Muon(lr=0.03, weight_decay=0.1)",
+        "lr": 2e-3,
+        "scheduler": "OneCycleLR(pct_start=0.05, anneal_strategy='linear', cycle_momentum=False)",
+        "ema_decay": 0.99,
+        "depth": 4,
+        "num_heads": 8,
+        "dropout": 0.0,
+        "pool": "mean",
+        "pos_embed": "sincos2d",
+        "rotate": 6.0,
+        "translate": 0.06,
+    },
+    # The highest accuracy within 20 minutes on two CPU cores.
+    "best": {
+        "epochs": 24,
+        "batch_size": 256,
+        "label_smoothing": 0.1,
+        "optimizer": "Muon(lr=0.03, weight_decay=0.1)",
+        "lr": 2e-3,
+        "scheduler": "OneCycleLR(pct_start=0.1, anneal_strategy='linear', cycle_momentum=False)",
+        "ema_decay": 0.998,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 8,
+        "dropout": 0.0,
+        "pool": "mean",
+        "pos_embed": "sincos2d",
+        "rotate": 10.0,
+        "translate": 0.07,
+        "scale": 0.1,
+        "shear": 10.0,
+        "elastic": 0.6,
+    },
+}
+
+# What replaces a recipe's setting where a data set asks for it.
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     "mnist": {},
     # 20 passes over 1,437 images are too few steps for 16 blocks: fewer blocks, more passes.

@@ -16,7 +16,7 @@ from matplotlib.image import imread
 import optim
 import train
 from checkpoint import load_checkpoint
-from recipes import DATASET_SETTINGS, DEFAULTS
+from recipes import DATASET_SETTINGS, DEFAULTS, RECIPES
 from utils import evaluate, load_digits, make_loaders
 
 TINY = "--device cpu --dataset digits --train_samples 100 --batch_size 50".split()
@@ -75,7 +75,7 @@ def test_output_names_the_data_and_ends_with_the_test_result(run):
     assert result.status == 0 and result.err == ""
     for pattern in (
         r"^data: +digits, 100 / 180 / 180 images",
-        r"^settings: epochs 2, batch_size 50, .*depth 1,",
+        r"^recipe:   article: epochs 2, batch_size 50, .*depth 1,",
         r"^steps: +AdamW\(lr=0.001, weight_decay=0.0001\); "
         r"CosineAnnealingLR\(T_max=2\), every epoch$",
         r"^Epoch +2/2  Train Loss: [\d.]+  Acc: [\d.]+ %  \|  Val Loss: .*Top-5: [\d.]+ %",
@@ -84,6 +84,79 @@ def test_output_names_the_data_and_ends_with_the_test_result(run):
         r"[\d.]+ % @ Epoch [12]\n",
     ):
         assert re.search(pattern, result.out, re.MULTILINE), pattern
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_printed_and_stored_and_flags_win_over_it(run, tmp_path, recipe):
+    flags = ["--recipe", recipe, "--epochs", 1, "--label_smoothing", 0.25, "--elastic", 0.5]
+    result = run(train.main, *TINY, *flags)
+    assert result.status == 0 and result.err == ""
+    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
+    stored = history["settings"]
+    assert stored["recipe"] == recipe
+    for given, value in {"label_smoothing": 0.25, "elastic": 0.5, "depth": 1}.items():
+        assert stored[given] == value
+        assert re.search(rf"^recipe:   {recipe}: .*{given} {value}", result.out, re.MULTILINE)
+    texts = {"optimizer", "scheduler", "scheduler_interval"}  # stored as resolved
+    given = {"epochs", "label_smoothing", "elastic", "depth", "embed_dim", "batch_size"}
+    for name, value in (RECIPES[recipe] | DATASET_SETTINGS["digits"]).items():
+        if name not in texts | given:
+            assert stored[name] == value
+    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")[1]["settings"] == stored
+
+
+def test_recipes_say_only_what_flags_can_say():
+    for settings in RECIPES.values():
+        assert settings.keys() <= DEFAULTS.keys()
+
+
+def test_strong_augmentation_reaches_the_training_images(run, tmp_path):
+    """The same run but for a strength ends with other weights."""
+    seen = []
+    for flags in ([], ["--elastic", "1.5"], ["--erase", "1"], ["--scale=0.3"], ["--shear", "20"]):
+        assert run(train.main, *TINY, "--epochs=1", *flags).status == 0
+        seen.append(weights(tmp_path)["head.weight"])
+    for i, a in enumerate(seen):
+        assert all(not torch.equal(a, b) for b in seen[i + 1 :])
+
+
+def test_mean_pooling_and_fixed_positions_from_training_to_a_loaded_model(run, tmp_path):
+    flags = ["--pool", "mean", "--pos_embed", "sincos2d"]
+    assert run(train.main, *TINY, "--epochs=1", *flags).status == 0
+    model, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
+    assert (model.pool, checkpoint["model_config"]["pos_embed"]) == ("mean", "sincos2d")
+    _, _, loader = make_loaders(load_digits())
+    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
+    assert evaluate(model, loader, torch.nn.CrossEntropyLoss(), "cpu")[1] == history["test"]["top1"]
+
+
+def test_compiled_training_learns_the_same(run, tmp_path):
+    """In fp32 and without dropout, where the order of sums is all that may differ."""
+    losses = []
+    for mode in ("off", "on"):
+        flags = ["--epochs=2", "--dropout=0", "--precision=fp32", "--compile", mode]
+        result = run(train.main, *TINY, *flags)
+        assert result.status == 0
+        history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
+        losses.append(history["epochs"][-1]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_where_compiling_fails_training_goes_on_with_a_note(run, tmp_path, monkeypatch):
+    def broken(model, **_):
+        def forward(images):
+            raise RuntimeError("no C++ compiler\nfound")
+
+        return forward
+
+    expected = run(train.main, *TINY, "--epochs=1", "--compile", "off")
+    reference = weights(tmp_path)
+    monkeypatch.setattr(torch, "compile", broken)
+    result = run(train.main, *TINY, "--epochs=1", "--compile", "on")
+    assert expected.status == result.status == 0
+    assert result.err.startswith("note: torch.compile failed") and result.err.count("\n") == 1
+    assert "no C++ compiler found" in result.err
+    assert all(torch.equal(reference[name], value) for name, value in weights(tmp_path).items())
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

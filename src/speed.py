@@ -1,0 +1,60 @@
+"""What the training loop asks of the machine: memory that stays, and a compiled network."""
+
+import ctypes
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def keep_memory() -> None:
+    """Let the process keep the memory that it frees, where the C library is glibc.
+
+    A training step allocates the same hundred megabytes as the one before. By default glibc gives
+    large blocks back to the kernel at once, and each comes again as untouched pages, thousands of
+    page faults a step.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def compile_network(
+    model: nn.Module, mode: str, sample: Tensor, precision: str
+) -> Callable[[Tensor], Tensor]:
+    """What to call in training: `model` itself, or it compiled by `torch.compile`.
+
+    Compiling happens here, not in the first step; where it fails, there is a note on stderr and the
+    model runs as it is. A batch of another shape than `sample`, the last of an epoch, goes through
+    the model as it is too: compiling once more would take longer.
+
+    Args:
+        model: in training mode.
+        mode: "on", "off", or "auto", which compiles for CUDA: there a step of small kernels waits
+            for Python; on CPUs the matrix products set the pace.
+        sample: a batch (B, C, S, S) of the size to come, on the model's device.
+        precision: "bf16" or "fp32", of the matrix products.
+    """
+    device = sample.device
+    cuda = device.type == "cuda"
+    if mode == "off" or (mode == "auto" and not cuda):
+        return model
+    # reduce-overhead: CUDA graphs, so that Python launches a step at once.
+    compiled = torch.compile(model, mode="reduce-overhead" if cuda else None, dynamic=False)
+    try:
+        with torch.random.fork_rng([device] if cuda else []):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = compiled(sample)
+            logits.float().sum().backward()
+    except Exception as error:  # the compiler's own, or a C++ compiler's that is missing
+        reason = " ".join(str(error).split())[:200]
+        print(f"note: torch.compile failed, training goes on without it: {reason}", file=sys.stderr)
+        return model
+    finally:
+        model.zero_grad()
+    return lambda images: (compiled if images.shape == sample.shape else model)(images)
