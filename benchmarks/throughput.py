@@ -1,27 +1,27 @@
 """Training throughput: this project's loop against the plain way of writing it, in one run.
 
 The plain way is torchvision's dataset with PIL transforms in a DataLoader, nn.MultiheadAttention,
-nn.Dropout and fp32. Both train the default network on MNIST with the same augmentation, batch size
-and optimizer, in turns, so that a machine that slows down slows both.
+nn.Dropout and fp32. Where timm and vit-pytorch are installed, their ViT of the same size runs in
+this project's loop. All train on MNIST with the same augmentation, batch size and optimizer, in
+turns, so that a machine that slows down slows all.
 """
 
-import platform
 import statistics
-import sys
 import time
+from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 
+import report  # first: it finds src
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import cli
 import optim
 import utils
 from recipes import DEFAULTS
+from speed import compile_network, keep_memory
 from train import train_one_epoch
 from vit_model import TransformerBlock, ViT
 
@@ -79,6 +79,28 @@ def plain_steps(
         loss.item()  # for the progress bar
 
 
+def peers() -> dict[str, nn.Module]:
+    """Other projects' ViT of the default size, of those that are installed."""
+    models = {}
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+
+        sizes = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "num_heads": 4}
+        rates = dict.fromkeys(("pos_drop_rate", "proj_drop_rate", "attn_drop_rate"), 0.1)
+        models["timm's ViT"] = VisionTransformer(depth=16, num_classes=10, **sizes, **rates)
+    except ImportError:
+        pass
+    try:
+        from vit_pytorch import ViT as OtherViT
+
+        sizes = {"image_size": 28, "patch_size": 7, "channels": 1, "dim": 96, "mlp_dim": 384}
+        heads = {"heads": 4, "dim_head": 24, "dropout": 0.1, "emb_dropout": 0.1}
+        models["vit-pytorch's ViT"] = OtherViT(depth=16, num_classes=10, **sizes, **heads)
+    except ImportError:
+        pass
+    return models
+
+
 def main() -> None:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--steps", default=20, type=cli.integer(1), help="training steps a turn")
@@ -87,67 +109,76 @@ def main() -> None:
     parser.add_argument(
         "--num_workers", default=0, type=cli.integer(0), help="of the plain way's DataLoader"
     )
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="as train")
     cli.add_data_dir(parser)
     cli.add_device(parser)
+    report.add_record(parser)
     args = parser.parse_args()
     device = cli.choose_device(args.device)
     precision = cli.choose_precision("auto", device)
     images = args.steps * args.batch_size
-
     if images > 54_000:
         raise cli.UserError(f"--steps x --batch_size are {images} images, MNIST trains on 54,000")
+    keep_memory()
     dataset = utils.load_mnist(args.data_dir)
-    settings = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
-    model, plain = ViT().to(device), plain_model().to(device)
-    ours_optimizer = optim.build_optimizer(DEFAULTS["optimizer"], model, **settings)
-    schedule = optim.build_scheduler(
-        "ConstantLR(factor=1)", ours_optimizer, epochs=args.turns + 1, steps_per_epoch=args.steps
-    )
-    averaged = optim.WeightAverage(model)
-    plain_optimizer = torch.optim.AdamW(plain.parameters(), **settings)
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
-    slow_loader = plain_loader(args.data_dir, args.batch_size, args.num_workers)
     criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS["label_smoothing"])
+    settings = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
 
-    def ours() -> None:
-        train_one_epoch(
-            model,
-            loader,
-            criterion,
-            ours_optimizer,
-            schedule,
-            averaged,
-            grad_clip=DEFAULTS["grad_clip"],
-            precision=precision,
-            description="",
+    def in_our_loop(model: nn.Module) -> Callable[[], object]:
+        model = model.to(device).train()
+        optimizer = optim.build_optimizer(DEFAULTS["optimizer"], model, **settings)
+        length = {"epochs": args.turns + 1, "steps_per_epoch": args.steps}
+        schedule = optim.build_scheduler("ConstantLR(factor=1)", optimizer, **length)
+        averaged = optim.WeightAverage(model)
+        sample = torch.zeros(args.batch_size, 1, 28, 28, device=device)
+        network = compile_network(model, args.compile, sample, precision)
+        options = {"grad_clip": DEFAULTS["grad_clip"], "precision": precision, "description": ""}
+        return lambda: train_one_epoch(
+            network, loader, criterion, optimizer, schedule, averaged, **options
         )
 
-    def theirs() -> None:
-        plain_steps(plain, slow_loader, plain_optimizer, device, args.steps)
+    plain = plain_model().to(device)
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), **settings)
+    slow_loader = plain_loader(args.data_dir, args.batch_size, args.num_workers)
+    loops: dict[str, Callable[[], object]] = {
+        "plain, fp32": lambda: plain_steps(plain, slow_loader, plain_optimizer, device, args.steps),
+        f"this project, {precision}": in_our_loop(ViT()),
+    }
+    for name, model in peers().items():
+        loops[f"{name} in this loop, {precision}"] = in_our_loop(model)
 
-    def seconds(turn) -> float:
+    def seconds(turn: Callable[[], object]) -> float:
         start = time.perf_counter()
         turn()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    seconds(theirs), seconds(ours)  # warm-up
-    times = [(seconds(theirs), seconds(ours)) for _ in range(args.turns)]
-    plain_rate, our_rate = (
-        images / statistics.median(column) for column in zip(*times, strict=True)
+    for turn in loops.values():
+        seconds(turn)  # warm-up
+    turns = [[seconds(turn) for turn in loops.values()] for _ in range(args.turns)]
+    rows = []
+    for name, times in zip(loops, zip(*turns, strict=True), strict=True):
+        rate = images / statistics.median(times)
+        ratios = [slow / fast for (slow, *_), fast in zip(turns, times, strict=True)]
+        rows.append(
+            [
+                name,
+                f"{rate:.0f}",
+                f"{1000 * args.batch_size / rate:.0f}",
+                f"{54_000 / rate:.1f}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            ]
+        )
+    report.publish(
+        f"Training throughput, median of {args.turns} turns of {args.steps} steps of "
+        f"{args.batch_size} images",
+        ["loop", "images/s", "ms per step", "s per epoch of 54,000", "times the plain way"],
+        rows,
+        device=device,
+        record=args.record,
     )
-    ratios = [slow / fast for slow, fast in times]
-    print(f"{cli.describe_device(device)}, Python {platform.python_version()}, ", end="")
-    print(
-        f"PyTorch {torch.__version__}; `python benchmarks/throughput.py {' '.join(sys.argv[1:])}`"
-    )
-    print(f"\nMedian of {args.turns} turns of {args.steps} steps of {args.batch_size} images:\n")
-    print("| loop | images/s | ms per step | s per epoch of 54,000 |\n|---|---|---|---|")
-    for name, rate in (("plain, fp32", plain_rate), (f"this project, {precision}", our_rate)):
-        step = 1000 * args.batch_size / rate
-        print(f"| {name} | {rate:.0f} | {step:.0f} | {54_000 / rate:.1f} |")
-    print(f"\nratio: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

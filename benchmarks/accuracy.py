@@ -1,0 +1,94 @@
+"""Accuracy and time of a recipe over several seeds, and time to accuracy over several budgets.
+
+Each run is a process of its own, `src/train.py --recipe NAME --seed S`, which scores the test set
+once, at its end. With several `--epochs` the table tells after which budget a mean test accuracy is
+reached; the schedule always ends with the budget, and no run is stopped by looking at the test set.
+The first of the two times is from the first training step to the last epoch's validation, the
+second from the start of the process to its end, importing, loading, testing and drawing included.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import report  # first: it finds src
+from tqdm import tqdm
+
+import cli
+from cli import UserError
+from recipes import DEFAULTS, RECIPES
+
+TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of the test set
+
+
+def train(seed: int, epochs: int, args, more: list[str]) -> tuple[float, float, float, float]:
+    """Test and validation accuracy (%), seconds from the first step and of the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(report.SRC / "train.py"), "--recipe", args.recipe]
+        command += ["--epochs", str(epochs), "--seed", str(seed), "--data_dir", args.data_dir]
+        command += ["--dataset", "mnist", "--device", args.device]
+        command += ["--save_dir", folder, "--output_dir", folder]
+        command += ["--todo_path", str(Path(folder, "TODO.md")), *more]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        whole = time.perf_counter() - start
+        if done.returncode:
+            raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
+        history = json.loads(Path(folder, "history.json").read_text())
+    seconds = sum(row["seconds"] for row in history["epochs"])
+    return history["test"]["top1"], history["test"]["best_val_acc"], seconds, whole
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--recipe", default="article", choices=RECIPES, help="of src/recipes.py")
+    parser.add_argument(
+        "--seeds", default=3, type=cli.integer(1, 1000), help="runs, from seed 0 on"
+    )
+    parser.add_argument(
+        "--epochs", default=[None], type=cli.integer(1), nargs="+", help="None: the recipe's"
+    )
+    parser.add_argument("--flags", default="", help='more of src/train.py\'s, "--embed_dim 64"')
+    cli.add_data_dir(parser)
+    cli.add_device(parser)
+    report.add_record(parser)
+    args = parser.parse_args()
+    device = cli.choose_device(args.device)
+
+    rows, reached = [], {}
+    for epochs in args.epochs:
+        epochs = epochs or {**DEFAULTS, **RECIPES[args.recipe]}["epochs"]
+        seeds = tqdm(range(args.seeds), desc=f"{epochs} epochs", leave=False, disable=None)
+        runs = [train(seed, epochs, args, args.flags.split()) for seed in seeds]
+        test, val, seconds, whole = zip(*runs, strict=True)
+        spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
+        mean_test = statistics.mean(test)
+        rows.append(
+            [
+                str(epochs),
+                f"{mean_test:.2f}{spread} %",
+                f"{min(test):.2f} %",
+                f"{statistics.mean(val):.2f} %",
+                f"{statistics.mean(seconds):.1f} s",
+                f"{statistics.mean(whole):.1f} s",
+            ]
+        )
+        for target in TARGETS:
+            if mean_test >= target:
+                reached.setdefault(target, f"{target} % after {rows[-1][4]}")
+    report.publish(
+        f"Accuracy of `{args.recipe}`, {args.seeds} seed{'s' * (args.seeds > 1)}",
+        ["epochs", "test, mean", "test, min", "validation, mean", "from first step", "process"],
+        rows,
+        device=device,
+        record=args.record,
+        notes="Reached: " + ("; ".join(reached.values()) or f"less than {TARGETS[0]} %") + ".",
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

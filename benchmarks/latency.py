@@ -1,0 +1,94 @@
+"""Latency and throughput of a trained network: eager PyTorch, torch.compile, ONNX Runtime.
+
+The runtimes take turns, batch by batch, so that a machine that slows down slows all. Inputs are
+random: the time does not depend on them.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import report  # first: it finds src
+import torch
+
+import cli
+from checkpoint import load_checkpoint
+from vit_model import ViT
+
+IMAGE = {"img_size": 28, "in_chans": 1}
+
+
+def onnx_session(model: ViT, threads: int) -> Callable[[torch.Tensor], object]:
+    """The exported network as a function, on the CPU."""
+    import onnxruntime
+
+    from inference import export_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        export_onnx(model, IMAGE, {}, path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["output"], {"input": images.numpy()})
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="None: the default network, untrained")
+    parser.add_argument("--batch_sizes", default=[1, 256], type=cli.integer(1), nargs="+")
+    parser.add_argument("--threads", default=1, type=cli.integer(1, 1024), help="of the CPU")
+    parser.add_argument("--turns", default=50, type=cli.integer(3), help="timed turns of each")
+    cli.add_device(parser)
+    report.add_record(parser)
+    args = parser.parse_args()
+    device = cli.choose_device(args.device)
+    torch.set_num_threads(args.threads)
+    model = load_checkpoint(args.checkpoint)[0] if args.checkpoint else ViT().eval()
+    runtimes: dict[str, Callable] = {"ONNX Runtime": onnx_session(model, args.threads)}
+    if device.type == "cuda":
+        del runtimes["ONNX Runtime"]  # the GPU's build of it is none of our packages
+    model = model.to(device)
+    runtimes = {"eager": model, "compiled": torch.compile(model, dynamic=False), **runtimes}
+
+    def seconds(run: Callable, images: torch.Tensor) -> float:
+        start = time.perf_counter()
+        run(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    rows = []
+    for batch_size in args.batch_sizes:
+        images = torch.randn(batch_size, 1, 28, 28, device=device)
+        with torch.inference_mode():
+            for run in runtimes.values():
+                for _ in range(3):
+                    seconds(run, images)  # warm-up
+            turns = [[seconds(run, images) for run in runtimes.values()] for _ in range(args.turns)]
+        eager = [turn[0] for turn in turns]
+        for name, times in zip(runtimes, zip(*turns, strict=True), strict=True):
+            median = statistics.median(times)
+            gain = statistics.median(e / t for e, t in zip(eager, times, strict=True))
+            rows.append(
+                [
+                    name,
+                    str(batch_size),
+                    f"{1000 * median:.2f} ms",
+                    f"{batch_size / median:.0f}",
+                    f"{gain:.2f}",
+                ]
+            )
+    report.publish(
+        f"Inference in fp32, median of {args.turns} turns",
+        ["runtime", "batch", "latency", "images/s", "times eager's speed"],
+        rows,
+        device=device,
+        record=args.record,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,75 @@
+"""What the benchmarks share: the machine in words, a Markdown table, and the file of records."""
+
+import argparse
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+SRC = Path(__file__).resolve().parents[1] / "src"
+sys.path.insert(0, str(SRC))
+
+from files import write_text  # noqa: E402
+
+RECORDS = Path(__file__).with_name("RECORDS.md")
+
+
+def add_record(parser: argparse.ArgumentParser) -> None:
+    """The flag `--record`; `publish` reads it."""
+    parser.add_argument(
+        "--record", action="store_true", help="append the table to benchmarks/RECORDS.md as well"
+    )
+
+
+def processor() -> str:
+    """The CPU's name, or its architecture where the system doesn't tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def publish(
+    title: str,
+    header: list[str],
+    rows: list[list[str]],
+    *,
+    device: torch.device,
+    record: bool,
+    notes: str = "",
+) -> None:
+    """Print a Markdown table with the machine, the versions and the command that made it.
+
+    Args:
+        record: append it to RECORDS.md as well.
+        notes: a paragraph below the table.
+    """
+    command = " ".join(
+        ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
+        + [f'"{arg}"' if " " in arg else arg for arg in sys.argv[1:] if arg != "--record"]
+    )
+    machine = f"{processor()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)}; {machine}"
+    lines = [
+        f"### {title}",
+        "",
+        f"`{command}`",
+        "",
+        f"{date.today()}; {machine}; Python {platform.python_version()}, PyTorch "
+        f"{torch.__version__}",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        *(["", notes] if notes else []),
+    ]
+    print("\n".join(lines))
+    if record:
+        before = RECORDS.read_text(encoding="utf-8").rstrip() if RECORDS.exists() else "# Records"
+        write_text(RECORDS, "\n".join([before, "", *lines, ""]))
+        print(f"\nAppended to {RECORDS}")

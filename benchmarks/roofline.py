@@ -1,0 +1,104 @@
+"""How much of the machine training uses: the model's FLOPs per second over the measured peak.
+
+The peak is the best rate of a large square matrix product, in fp32 and bf16. The model's FLOPs are
+counted by PyTorch on one forward pass and taken three times, for the backward pass has two products
+for each one forward; elementwise work counts as nothing.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import report  # first: it finds src
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cli
+import optim
+from recipes import DEFAULTS, RECIPES
+from speed import compile_network, keep_memory
+from train import MODEL_SETTINGS
+from vit_model import ViT
+
+
+def seconds(run: Callable[[], object], device: torch.device, turns: int) -> list[float]:
+    """Times of `run` after three for warm-up."""
+    times = []
+    for _ in range(turns + 3):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return times[3:]
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs per second of the best of 20 products of square matrices."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(seconds(lambda: a @ b, device, 20))
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--recipe", default="article", choices=RECIPES, help="of src/recipes.py")
+    parser.add_argument("--turns", default=20, type=cli.integer(1), help="timed training steps")
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="as train")
+    cli.add_device(parser)
+    report.add_record(parser)
+    args = parser.parse_args()
+    device = cli.choose_device(args.device)
+    keep_memory()
+    settings = {**DEFAULTS, **RECIPES[args.recipe]}
+    torch.manual_seed(0)
+    images = torch.randn(settings["batch_size"], 1, 28, 28, device=device)
+    labels = torch.randint(10, (settings["batch_size"],), device=device)
+    criterion = nn.CrossEntropyLoss()
+    peaks = {
+        "fp32": matmul_peak(torch.float32, device),
+        "bf16": matmul_peak(torch.bfloat16, device),
+    }
+    rows = []
+    for precision, peak in peaks.items():
+        model = ViT(**{name: settings[name] for name in MODEL_SETTINGS}).to(device)
+        optimizer = optim.build_optimizer(
+            settings["optimizer"], model, lr=settings["lr"], weight_decay=settings["weight_decay"]
+        )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(images)
+        network = compile_network(model, args.compile, images, precision)
+
+        def step(network=network, optimizer=optimizer, precision=precision) -> None:
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = network(images)
+            criterion(logits.float(), labels).backward()
+            optim.clip_gradients(optimizer, settings["grad_clip"])
+            optimizer.step()
+
+        flops = 3 * counter.get_total_flops()
+        time_of_step = statistics.median(seconds(step, device, args.turns))
+        rows.append(
+            [
+                precision,
+                f"{flops / 1e9:.1f}",
+                f"{1000 * time_of_step:.1f} ms",
+                f"{flops / time_of_step / 1e9:.0f}",
+                f"{peak / 1e9:.0f}",
+                f"{100 * flops / time_of_step / peak:.0f} %",
+            ]
+        )
+    report.publish(
+        f"Roofline of a training step of `{args.recipe}`, batch {settings['batch_size']}",
+        ["precision", "GFLOP a step", "step", "GFLOP/s", "matmul peak, GFLOP/s", "used"],
+        rows,
+        device=device,
+        record=args.record,
+        notes=f"Median of {args.turns} steps without the loader.",
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
