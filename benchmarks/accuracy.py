@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument(
         "--epochs", default=[None], type=cli.integer(1), nargs="+", help="None: the recipe's"
     )
-    parser.add_argument("--flags", default="", help='more of src/train.py\'s, "--embed_dim 64"')
+    parser.add_argument(
+        "--flags", default="", help='more of src/train.py\'s, as in --flags="--embed_dim 64"'
+    )
     cli.add_data_dir(parser)
     cli.add_device(parser)
     report.add_record(parser)

@@ -37,8 +37,8 @@ DEFAULTS: dict[str, Any] = {
     "erase": 0.0,
 }
 
-# What `--recipe` names: settings that replace defaults. A flag given by hand wins over them. All were
-# chosen by validation accuracy.
+# What `--recipe` names: settings that replace defaults; a flag given by hand wins over them. They
+# were chosen by validation accuracy.
 RECIPES: dict[str, dict[str, Any]] = {
     # As published.
     "article": {},

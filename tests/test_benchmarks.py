@@ -1,0 +1,68 @@
+"""The benchmarks run, and print a Markdown table with machine, versions and command."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import MNIST, ROOT, needs_mnist
+
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "report.py")
+
+
+def call(script: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, BENCHMARKS / script, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_explains_itself_and_errs_in_one_line(script):
+    shown = call(script, "--help")
+    assert shown.returncode == 0 and "usage:" in shown.stdout and "--device" in shown.stdout
+    wrong = call(script, "--device", "tpu")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: --device tpu")
+    assert wrong.stderr.count("\n") == 1
+
+
+SHORT = {
+    "roofline.py": ["--recipe", "fast", "--turns", "1"],
+    "throughput.py": ["--steps", "1", "--turns", "1", "--batch_size", "8", "--data_dir", MNIST],
+    "accuracy.py": [
+        *["--seeds", "2", "--epochs", "1", "--data_dir", MNIST],
+        "--flags=--train_samples 200 --depth 1 --embed_dim 16",
+    ],
+}
+
+
+@needs_mnist
+@pytest.mark.parametrize("script", SHORT)
+def test_a_benchmark_prints_its_table(script):
+    done = call(script, *SHORT[script], "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    title, command, machine, header, line, *rows = [
+        line for line in done.stdout.splitlines() if line
+    ]
+    assert title.startswith("### ") and command.startswith(f"`python benchmarks/{script} ")
+    assert re.search(r"\d{4}-\d\d-\d\d; .*, \d+ threads; Python .*, PyTorch ", machine)
+    cells = header.count("|")
+    assert set(line) == {"|", "-"} and line.count("|") == cells
+    table = [row for row in rows if row.startswith("|")]
+    assert table and all(row.count("|") == cells for row in table)
+
+
+def test_a_record_is_appended_to_what_is_there(tmp_path, monkeypatch, capsys):
+    import report
+    import torch
+
+    monkeypatch.setattr(report, "RECORDS", tmp_path / "RECORDS.md")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/some.py", "--flags=--a 1", "--record"])
+    for number in ("1", "2"):
+        report.publish(
+            f"Run {number}", ["a", "b"], [["x", number]], device=torch.device("cpu"), record=True
+        )
+    text = (tmp_path / "RECORDS.md").read_text()
+    assert text.startswith("# Records\n\n### Run 1\n") and text.endswith("| x | 2 |\n")
+    assert text.count('`python benchmarks/some.py "--flags=--a 1"`') == 2
+    assert capsys.readouterr().out.count("Appended to ") == 2
