@@ -11,13 +11,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+import report  # first: it finds src
+from tqdm import tqdm
 
-SRC = Path(__file__).resolve().parents[1] / "src"
-sys.path.insert(0, str(SRC))
-
-import cli  # noqa: E402
-from cli import UserError  # noqa: E402
+import cli
+from cli import UserError
 
 # The call, and the flags that differ from the common ones.
 OPTIMIZERS: list[tuple[str, list[str]]] = [
@@ -45,7 +43,7 @@ COMMON = ["--depth", "4", "--scheduler", "CosineAnnealingLR", "--scheduler_inter
 def train(call: str, flags: list[str], args: argparse.Namespace) -> tuple[float, float, str]:
     """Validation accuracy after the run (%), milliseconds per step, data set of one run."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(SRC / "train.py"), "--optimizer", call, *COMMON]
+        command = [sys.executable, str(report.SRC / "train.py"), "--optimizer", call, *COMMON]
         command += ["--epochs", str(args.epochs), "--batch_size", str(args.batch_size)]
         command += ["--train_samples", str(args.train_samples), "--data_dir", args.data_dir]
         command += ["--device", args.device, "--save_dir", folder, "--output_dir", folder]
@@ -66,20 +64,24 @@ def main() -> None:
     parser.add_argument("--train_samples", type=cli.integer(1), default=54_000, help="images")
     cli.add_data_dir(parser)
     cli.add_device(parser)
+    report.add_record(parser)
     args = parser.parse_args()
-    device = cli.describe_device(cli.choose_device(args.device))
-    command = " ".join(["python benchmarks/optimizers.py", *sys.argv[1:]])
-    print(f"{device}, PyTorch {torch.__version__}; `{command}`, each run with `{' '.join(COMMON)}`")
-    print("\n| optimizer | more flags | validation accuracy | ms per step | data |")
-    print("|---|---|---|---|---|")
-    for call, flags in OPTIMIZERS:
-        if call.lower().startswith(args.only.lower()):
-            accuracy, milliseconds, data = train(call, flags, args)
-            more = f"`{' '.join(flags)}`" if flags else ""
-            print(
-                f"| `{call}` | {more} | {accuracy:.2f} % | {milliseconds:.0f} | {data} |",
-                flush=True,
-            )
+    device = cli.choose_device(args.device)
+    chosen = [each for each in OPTIMIZERS if each[0].lower().startswith(args.only.lower())]
+    if not chosen:
+        raise UserError(f"--only {args.only}: no call begins with it; leave it out for all")
+    rows = []
+    for call, flags in tqdm(chosen, unit="run", leave=False, disable=None):
+        accuracy, milliseconds, data = train(call, flags, args)
+        more = f"`{' '.join(flags)}`" if flags else ""
+        rows.append([f"`{call}`", more, f"{accuracy:.2f} %", f"{milliseconds:.0f}", data])
+    report.publish(
+        f"Optimizers, each run with `{' '.join(COMMON)}`",
+        ["optimizer", "more flags", "validation accuracy", "ms per step", "data"],
+        rows,
+        device=device,
+        record=args.record,
+    )
 
 
 if __name__ == "__main__":

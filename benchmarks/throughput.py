@@ -10,6 +10,8 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import islice
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 
 import report  # first: it finds src
 import torch
@@ -24,6 +26,8 @@ from recipes import DEFAULTS
 from speed import compile_network, keep_memory
 from train import train_one_epoch
 from vit_model import TransformerBlock, ViT
+
+ADAMW = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
 
 
 class PlainBlock(TransformerBlock):
@@ -79,6 +83,30 @@ def plain_steps(
         loss.item()  # for the progress bar
 
 
+def plain_process(
+    connection: Connection, data_dir: str, batch_size: int, num_workers: int, device: torch.device
+) -> None:
+    """Take a number of steps whenever one comes in, and answer with the seconds; 0 ends it.
+
+    A process of its own, for what this project's loop sets in its process is not the plain way's.
+    """
+    model = plain_model().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    loader = plain_loader(data_dir, batch_size, num_workers)
+    while steps := connection.recv():
+        connection.send(
+            seconds(lambda: plain_steps(model, loader, optimizer, device, steps), device)
+        )
+
+
+def seconds(turn: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    turn()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def peers() -> dict[str, nn.Module]:
     """Other projects' ViT of the default size, of those that are installed."""
     models = {}
@@ -123,41 +151,42 @@ def main() -> None:
     dataset = utils.load_mnist(args.data_dir)
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
     criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS["label_smoothing"])
-    settings = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
 
-    def in_our_loop(model: nn.Module) -> Callable[[], object]:
+    def in_our_loop(model: nn.Module) -> Callable[[], float]:
         model = model.to(device).train()
-        optimizer = optim.build_optimizer(DEFAULTS["optimizer"], model, **settings)
+        optimizer = optim.build_optimizer(DEFAULTS["optimizer"], model, **ADAMW)
         length = {"epochs": args.turns + 1, "steps_per_epoch": args.steps}
         schedule = optim.build_scheduler("ConstantLR(factor=1)", optimizer, **length)
         averaged = optim.WeightAverage(model)
         sample = torch.zeros(args.batch_size, 1, 28, 28, device=device)
         network = compile_network(model, args.compile, sample, precision)
         options = {"grad_clip": DEFAULTS["grad_clip"], "precision": precision, "description": ""}
-        return lambda: train_one_epoch(
-            network, loader, criterion, optimizer, schedule, averaged, **options
-        )
 
-    plain = plain_model().to(device)
-    plain_optimizer = torch.optim.AdamW(plain.parameters(), **settings)
-    slow_loader = plain_loader(args.data_dir, args.batch_size, args.num_workers)
-    loops: dict[str, Callable[[], object]] = {
-        "plain, fp32": lambda: plain_steps(plain, slow_loader, plain_optimizer, device, args.steps),
-        f"this project, {precision}": in_our_loop(ViT()),
-    }
+        def turn() -> None:
+            train_one_epoch(network, loader, criterion, optimizer, schedule, averaged, **options)
+
+        return lambda: seconds(turn, device)
+
+    ours, theirs = Pipe()
+    spawn = get_context("spawn")  # CUDA does not survive a fork
+    plain_args = (theirs, args.data_dir, args.batch_size, args.num_workers, device)
+    plain = spawn.Process(target=plain_process, args=plain_args)
+    plain.start()
+    theirs.close()  # so that waiting for an answer ends if the process does
+
+    def plain_turn() -> float:
+        ours.send(args.steps)
+        return ours.recv()
+
+    loops = {"plain, fp32": plain_turn, f"this project, {precision}": in_our_loop(ViT())}
     for name, model in peers().items():
         loops[f"{name} in this loop, {precision}"] = in_our_loop(model)
 
-    def seconds(turn: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        turn()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     for turn in loops.values():
-        seconds(turn)  # warm-up
-    turns = [[seconds(turn) for turn in loops.values()] for _ in range(args.turns)]
+        turn()  # warm-up
+    turns = [[turn() for turn in loops.values()] for _ in range(args.turns)]
+    ours.send(0)
+    plain.join()
     rows = []
     for name, times in zip(loops, zip(*turns, strict=True), strict=True):
         rate = images / statistics.median(times)
