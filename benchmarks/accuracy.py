@@ -3,11 +3,13 @@
 Each run is a process of its own, `src/train.py --recipe NAME --seed S`, which scores the test set
 once, at its end. With several `--epochs` the table tells after which budget a mean test accuracy is
 reached; the schedule always ends with the budget, and no run is stopped by looking at the test set.
-The first of the two times is from the first training step to the last epoch's validation, the
-second from the start of the process to its end, importing, loading, testing and drawing included.
+The first of the two times is that of the epochs, from the first training step to the last
+validation, without what is written between them; the second is the process's from start to end,
+importing, loading, compiling, testing and drawing included.
 """
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -50,7 +52,7 @@ def main() -> None:
         "--seeds", default=3, type=cli.integer(1, 1000), help="runs, from seed 0 on"
     )
     parser.add_argument(
-        "--epochs", default=[None], type=cli.integer(1), nargs="+", help="None: the recipe's"
+        "--epochs", default=[], type=cli.integer(1), nargs="+", help="budgets; []: the recipe's"
     )
     parser.add_argument(
         "--flags", default="", help='more of src/train.py\'s, as in --flags="--embed_dim 64"'
@@ -62,10 +64,9 @@ def main() -> None:
     device = cli.choose_device(args.device)
 
     rows, reached = [], {}
-    for epochs in args.epochs:
-        epochs = epochs or {**DEFAULTS, **RECIPES[args.recipe]}["epochs"]
+    for epochs in sorted(args.epochs) or [{**DEFAULTS, **RECIPES[args.recipe]}["epochs"]]:
         seeds = tqdm(range(args.seeds), desc=f"{epochs} epochs", leave=False, disable=None)
-        runs = [train(seed, epochs, args, args.flags.split()) for seed in seeds]
+        runs = [train(seed, epochs, args, shlex.split(args.flags)) for seed in seeds]
         test, val, seconds, whole = zip(*runs, strict=True)
         spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
         mean_test = statistics.mean(test)

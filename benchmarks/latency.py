@@ -47,9 +47,9 @@ def main() -> None:
     device = cli.choose_device(args.device)
     torch.set_num_threads(args.threads)
     model = load_checkpoint(args.checkpoint)[0] if args.checkpoint else ViT().eval()
-    runtimes: dict[str, Callable] = {"ONNX Runtime": onnx_session(model, args.threads)}
-    if device.type == "cuda":
-        del runtimes["ONNX Runtime"]  # the GPU's build of it is none of our packages
+    runtimes: dict[str, Callable] = {}
+    if device.type == "cpu":  # the GPU's build of ONNX Runtime is none of our packages
+        runtimes["ONNX Runtime"] = onnx_session(model, args.threads)
     model = model.to(device)
     runtimes = {"eager": model, "compiled": torch.compile(model, dynamic=False), **runtimes}
 

@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import shlex
 import sys
 from datetime import date
 from pathlib import Path
@@ -48,10 +49,8 @@ def publish(
         record: append it to RECORDS.md as well.
         notes: a paragraph below the table.
     """
-    command = " ".join(
-        ["python", f"benchmarks/{Path(sys.argv[0]).name}"]
-        + [f'"{arg}"' if " " in arg else arg for arg in sys.argv[1:] if arg != "--record"]
-    )
+    flags = [arg for arg in sys.argv[1:] if arg != "--record"]
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *flags])
     machine = f"{processor()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}; {machine}"

@@ -93,10 +93,18 @@ def plain_process(
     model = plain_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     loader = plain_loader(data_dir, batch_size, num_workers)
-    while steps := connection.recv():
+    while steps := receive_steps(connection):
         connection.send(
             seconds(lambda: plain_steps(model, loader, optimizer, device, steps), device)
         )
+
+
+def receive_steps(connection: Connection) -> int:
+    """The next number of steps; 0 if the other process is gone."""
+    try:
+        return connection.recv()
+    except EOFError:
+        return 0
 
 
 def seconds(turn: Callable[[], object], device: torch.device) -> float:
@@ -146,7 +154,9 @@ def main() -> None:
     precision = cli.choose_precision("auto", device)
     images = args.steps * args.batch_size
     if images > 54_000:
-        raise cli.UserError(f"--steps x --batch_size are {images} images, MNIST trains on 54,000")
+        raise cli.UserError(
+            f"--steps x --batch_size are {images} images, MNIST trains on 54,000: lower one"
+        )
     keep_memory()
     dataset = utils.load_mnist(args.data_dir)
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
@@ -175,8 +185,11 @@ def main() -> None:
     theirs.close()  # so that waiting for an answer ends if the process does
 
     def plain_turn() -> float:
-        ours.send(args.steps)
-        return ours.recv()
+        try:
+            ours.send(args.steps)
+            return ours.recv()
+        except (EOFError, OSError):
+            raise cli.UserError("the process of the plain way ended, see above") from None
 
     loops = {"plain, fp32": plain_turn, f"this project, {precision}": in_our_loop(ViT())}
     for name, model in peers().items():

@@ -66,7 +66,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         config = {"num_heads": PUBLISHED_NUM_HEADS, **sizes, **checkpoint.get("model_config", {})}
         # A ratio is told by whole neurons only: 2.7 x 96 are 259, which would read 2.698.
         hidden_dim = round(config["embed_dim"] * config["mlp_ratio"])
-        told = {"pool": "cls", **config, "mlp_ratio": hidden_dim / config["embed_dim"]}
+        told = {**config, "mlp_ratio": hidden_dim / config["embed_dim"]}
         if any(told[name] != size for name, size in sizes.items()):
             raise ValueError(f"its configuration {config} is not its tensors' {sizes}")
         # Tensors may claim to be larger than what is stored of them, so ask before allocating.

@@ -560,7 +560,7 @@ class WeightAverage:
 
     `ema_decay`: average = decay * average + (1 - decay) * weights after every batch. `swa_start`:
     the mean of the weights at the ends of the epochs from this one on, counted from 1 (Izmailov et
-    al., UAI 2018, https://arxiv.org/abs/1803.05407).
+    al., UAI 2018, https://arxiv.org/abs/1803.05407). An `ema_decay` of 0 is none.
 
     Raises:
         UserError: both are asked for.
@@ -569,8 +569,12 @@ class WeightAverage:
     def __init__(
         self, model: nn.Module, *, ema_decay: float | None = None, swa_start: int | None = None
     ) -> None:
+        ema_decay = ema_decay or None
         if ema_decay is not None and swa_start is not None:
-            raise UserError("--ema_decay and --swa_start are two averages: choose one")
+            raise UserError(
+                f"--ema_decay {ema_decay} and --swa_start {swa_start} are two averages: choose one "
+                "(--ema_decay 0 turns a recipe's off)"
+            )
         self.model, self.ema_decay, self.swa_start = model, ema_decay, swa_start
         self._averaged = None
         if ema_decay is not None:

@@ -20,8 +20,9 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    # Older releases take no more than 32 MiB. Either threshold turns off the other's adjusting.
+    if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def compile_network(
@@ -48,9 +49,11 @@ def compile_network(
     compiled = torch.compile(model, mode="reduce-overhead" if cuda else None, dynamic=False)
     try:
         with torch.random.fork_rng([device] if cuda else []):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = compiled(sample)
-            logits.float().sum().backward()
+            for _ in range(3):  # CUDA graphs are recorded after a first pass
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = compiled(sample)
+                logits.float().sum().backward()
+                model.zero_grad()
     except Exception as error:  # the compiler's own, or a C++ compiler's that is missing
         reason = " ".join(str(error).split())[:200]
         print(f"note: torch.compile failed, training goes on without it: {reason}", file=sys.stderr)

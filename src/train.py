@@ -205,13 +205,13 @@ def train_one_epoch(
             logits = network(images)
         loss = criterion(logits.float(), labels)
         loss.backward()
-        return loss.detach(), logits.detach()
+        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
 
     bar = tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
     for step, (images, labels) in enumerate(bar):
         for i, group in enumerate(optimizer.param_groups):
             total_lrs[i] += group["lr"]
-        loss, logits = forward_backward(images, labels)
+        loss, hits = forward_backward(images, labels)
         if optim.needs_closure(optimizer):
             # LBFGS makes passes of its own beside this one, on gradients as they are.
             grad_norm = optim.clip_gradients(optimizer, 0.0)
@@ -224,7 +224,7 @@ def train_one_epoch(
 
         # Summed on the device: Python waits for a GPU only where the bar wants a number.
         total_loss += loss * len(labels)
-        total_hits += (logits.argmax(dim=1) == labels).sum()
+        total_hits += hits
         total_norm += grad_norm
         if not bar.disable and step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -309,7 +309,8 @@ def main() -> None:
     print(f"recipe:   {args.recipe}: {', '.join(f'{n} {v}' for n, v in shown.items())}")
     print(f"steps:    {optimizer.text}; {schedule}")
 
-    sample = torch.zeros(settings["batch_size"], 1, 28, 28, device=device)
+    batch_size = min(settings["batch_size"], len(train_loader.split))
+    sample = torch.zeros(batch_size, 1, 28, 28, device=device)
     network = compile_network(model, args.compile, sample, precision)
 
     # ------------------------------------------------------------------------------------ loop

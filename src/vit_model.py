@@ -141,8 +141,7 @@ class TransformerBlock(nn.Module):
 def sincos2d(side: int, embed_dim: int) -> Tensor:
     """Fixed position embeddings: sines and cosines of a patch's column, then of its row.
 
-    Source: Beyer et al., "Better plain ViT baselines for ImageNet-1k" (2022); the frequencies are
-    those of Vaswani et al., 2017, section 3.5.
+    Source: Beyer et al., "Better plain ViT baselines for ImageNet-1k" (2022), section 2.
 
     Shape: (1, side^2, embed_dim), row by row.
 
@@ -169,8 +168,8 @@ class ViT(nn.Module):
     Shape: (B, in_chans, img_size, img_size) -> logits (B, num_classes).
 
     Raises:
-        ValueError: `patch_size` does not divide `img_size`, or `num_heads` `embed_dim`, or another
-            word for `pool` or `pos_embed`.
+        ValueError: `patch_size` does not divide `img_size`, or `num_heads` `embed_dim`, or, with
+            "sincos2d", 4 does not; or another word for `pool` or `pos_embed`.
     """
 
     def __init__(

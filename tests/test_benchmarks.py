@@ -65,5 +65,5 @@ def test_a_record_is_appended_to_what_is_there(tmp_path, monkeypatch, capsys):
         )
     text = (tmp_path / "RECORDS.md").read_text()
     assert text.startswith("# Records\n\n### Run 1\n") and text.endswith("| x | 2 |\n")
-    assert text.count('`python benchmarks/some.py "--flags=--a 1"`') == 2
+    assert text.count("`python benchmarks/some.py '--flags=--a 1'`") == 2
     assert capsys.readouterr().out.count("Appended to ") == 2
