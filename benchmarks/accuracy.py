@@ -52,7 +52,7 @@ def main() -> None:
         "--seeds", default=3, type=cli.integer(1, 1000), help="runs, from seed 0 on"
     )
     parser.add_argument(
-        "--epochs", default=[], type=cli.integer(1), nargs="+", help="budgets; []: the recipe's"
+        "--epochs", default=None, type=cli.integer(1), nargs="+", help="None: the recipe's own"
     )
     parser.add_argument(
         "--flags", default="", help='more of src/train.py\'s, as in --flags="--embed_dim 64"'
@@ -64,7 +64,7 @@ def main() -> None:
     device = cli.choose_device(args.device)
 
     rows, reached = [], {}
-    for epochs in sorted(args.epochs) or [{**DEFAULTS, **RECIPES[args.recipe]}["epochs"]]:
+    for epochs in sorted(args.epochs or []) or [{**DEFAULTS, **RECIPES[args.recipe]}["epochs"]]:
         seeds = tqdm(range(args.seeds), desc=f"{epochs} epochs", leave=False, disable=None)
         runs = [train(seed, epochs, args, shlex.split(args.flags)) for seed in seeds]
         test, val, seconds, whole = zip(*runs, strict=True)
