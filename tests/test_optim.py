@@ -913,3 +913,11 @@ def test_the_gallery_takes_no_flags_of_a_run(tmp_path):
     assert done.returncode == 2 and "--epochs is for one schedule" in done.stderr
     done = command("--plot", "--scheduler=cosine", "--epochs", "2000000")
     assert done.returncode == 2 and "too many to draw" in done.stderr
+
+
+def test_an_ema_decay_of_0_turns_a_recipes_average_off():
+    model = tiny_vit()
+    assert WeightAverage(model, ema_decay=0.0).module is model
+    assert WeightAverage(model, ema_decay=0.0, swa_start=2).swa_start == 2
+    with pytest.raises(UserError, match=r"--ema_decay 0\.9 and --swa_start 2 .*--ema_decay 0 "):
+        WeightAverage(model, ema_decay=0.9, swa_start=2)
