@@ -8,20 +8,14 @@ validation, without what is written between them; the second is the process's fr
 importing, loading, compiling, testing and drawing included.
 """
 
-import json
 import shlex
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import report  # first: it finds src
 from tqdm import tqdm
 
 import cli
-from cli import UserError
 from recipes import DEFAULTS, RECIPES
 
 TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of the test set
@@ -29,18 +23,12 @@ TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of the test set
 
 def train(seed: int, epochs: int, args, more: list[str]) -> tuple[float, float, float, float]:
     """Test and validation accuracy (%), seconds from the first step and of the process."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(report.SRC / "train.py"), "--recipe", args.recipe]
-        command += ["--epochs", str(epochs), "--seed", str(seed), "--data_dir", args.data_dir]
-        command += ["--dataset", "mnist", "--device", args.device]
-        command += ["--save_dir", folder, "--output_dir", folder]
-        command += ["--todo_path", str(Path(folder, "TODO.md")), *more]
-        start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        whole = time.perf_counter() - start
-        if done.returncode:
-            raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
-        history = json.loads(Path(folder, "history.json").read_text())
+    start = time.perf_counter()
+    history = report.train(
+        *("--recipe", args.recipe, "--epochs", epochs, "--seed", seed, "--dataset", "mnist"),
+        *("--data_dir", args.data_dir, "--device", args.device, *more),
+    )
+    whole = time.perf_counter() - start
     seconds = sum(row["seconds"] for row in history["epochs"])
     return history["test"]["top1"], history["test"]["best_val_acc"], seconds, whole
 

@@ -7,7 +7,6 @@ does not depend on them.
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,13 +56,9 @@ def main() -> None:
 
     def seconds(run: Callable, images: torch.Tensor) -> float:
         """Of a call, in the mean over a turn."""
-        for call in range(args.calls + 1):
-            if call == 1:
-                start = time.perf_counter()
-            run(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        return (time.perf_counter() - start) / args.calls
+        run(images)
+        calls = [report.seconds(lambda: run(images), device) for _ in range(args.calls)]
+        return statistics.mean(calls)
 
     rows = []
     for batch_size in args.batch_sizes:

@@ -5,11 +5,6 @@ to the last percent, so the table says what learns how fast, not which optimizer
 """
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import report  # first: it finds src
 from tqdm import tqdm
@@ -42,16 +37,11 @@ COMMON = ["--depth", "4", "--scheduler", "CosineAnnealingLR", "--scheduler_inter
 
 def train(call: str, flags: list[str], args: argparse.Namespace) -> tuple[float, float, str]:
     """Validation accuracy after the run (%), milliseconds per step, data set of one run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(report.SRC / "train.py"), "--optimizer", call, *COMMON]
-        command += ["--epochs", str(args.epochs), "--batch_size", str(args.batch_size)]
-        command += ["--train_samples", str(args.train_samples), "--data_dir", args.data_dir]
-        command += ["--device", args.device, "--save_dir", folder, "--output_dir", folder]
-        command += ["--todo_path", str(Path(folder, "TODO.md")), *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
-        history = json.loads(Path(folder, "history.json").read_text())
+    history = report.train(
+        *("--optimizer", call, *COMMON, "--epochs", args.epochs, "--batch_size", args.batch_size),
+        *("--train_samples", args.train_samples, "--data_dir", args.data_dir),
+        *("--device", args.device, *flags),
+    )
     last = history["epochs"][-1]
     return last["val_acc"], 1000 * args.batch_size / last["images_per_second"], history["dataset"]
 

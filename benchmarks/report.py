@@ -1,17 +1,24 @@
-"""What the benchmarks share: the machine in words, a Markdown table, and the file of records."""
+"""What the benchmarks share: a training run, a stopwatch, a table with its machine, the records."""
 
 import argparse
+import json
 import platform
 import shlex
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
 SRC = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SRC))
 
+from cli import UserError  # noqa: E402
 from files import write_text  # noqa: E402
 
 RECORDS = Path(__file__).with_name("RECORDS.md")
@@ -32,6 +39,27 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def train(*flags: object) -> dict[str, Any]:
+    """The history of one run of src/train.py with these flags, in folders of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(SRC / "train.py"), *map(str, flags)]
+        command += ["--save_dir", folder, "--output_dir", folder]
+        command += ["--todo_path", str(Path(folder, "TODO.md"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
+        return json.loads(Path(folder, "history.json").read_text())
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """How long `run` takes, until the device is done."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def publish(

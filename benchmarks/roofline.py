@@ -6,7 +6,6 @@ for each one forward; elementwise work counts as nothing.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 
 import report  # first: it finds src
@@ -22,23 +21,16 @@ from train import MODEL_SETTINGS
 from vit_model import ViT
 
 
-def seconds(run: Callable[[], object], device: torch.device, turns: int) -> list[float]:
-    """Times of `run` after three for warm-up."""
-    times = []
-    for _ in range(turns + 3):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times[3:]
+def times(run: Callable[[], object], device: torch.device, turns: int) -> list[float]:
+    """Seconds that `run` takes, `turns` times, after three for warm-up."""
+    return [report.seconds(run, device) for _ in range(turns + 3)][3:]
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs per second of the best of 20 products of square matrices."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(seconds(lambda: a @ b, device, 20))
+    return 2 * side**3 / min(times(lambda: a @ b, device, 20))
 
 
 def main() -> None:
@@ -79,7 +71,7 @@ def main() -> None:
             optimizer.step()
 
         flops = 3 * counter.get_total_flops()
-        time_of_step = statistics.median(seconds(step, device, args.turns))
+        time_of_step = statistics.median(times(step, device, args.turns))
         rows.append(
             [
                 precision,

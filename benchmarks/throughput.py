@@ -7,7 +7,6 @@ turns, so that a machine that slows down slows all.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from itertools import islice
 from multiprocessing import Pipe, get_context
@@ -95,7 +94,7 @@ def plain_process(
     loader = plain_loader(data_dir, batch_size, num_workers)
     while steps := receive_steps(connection):
         connection.send(
-            seconds(lambda: plain_steps(model, loader, optimizer, device, steps), device)
+            report.seconds(lambda: plain_steps(model, loader, optimizer, device, steps), device)
         )
 
 
@@ -105,14 +104,6 @@ def receive_steps(connection: Connection) -> int:
         return connection.recv()
     except EOFError:
         return 0
-
-
-def seconds(turn: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    turn()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peers() -> dict[str, nn.Module]:
@@ -175,7 +166,7 @@ def main() -> None:
         def turn() -> None:
             train_one_epoch(network, loader, criterion, optimizer, schedule, averaged, **options)
 
-        return lambda: seconds(turn, device)
+        return lambda: report.seconds(turn, device)
 
     ours, theirs = Pipe()
     spawn = get_context("spawn")  # CUDA does not survive a fork

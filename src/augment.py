@@ -16,7 +16,7 @@ class Augment:
 
     All that moves pixels is one bilinear resampling; what comes in from outside the image is 0.
     Nothing is ever mirrored: a flipped 6 or 9 is not a digit of its class. Every strength may be 0,
-    which leaves that change out.
+    which leaves that change out; the defaults are the published ones.
 
     Args:
         rotate: rotation is uniform in [-rotate, rotate] degrees.

@@ -1,14 +1,16 @@
 """Muon, a few large matrix products instead of many small ones."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepwise import GroupwiseStep
 
-class Muon(torch.optim.Muon):
+
+class Muon(GroupwiseStep, torch.optim.Muon):
     """`torch.optim.Muon` that orthogonalises all matrices of one shape together.
 
     The blocks of a transformer have matrices of two or three shapes, each many times. The formulas
@@ -27,20 +29,7 @@ class Muon(torch.optim.Muon):
         super().__init__(params, **kwargs)
         self._packed = packed
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(group, params)
-        return loss
-
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params]
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)

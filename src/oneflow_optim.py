@@ -1,7 +1,7 @@
 """What `oneflow.optim` has beyond `torch.optim`: LAMB, `do_bias_correction`, two schedules."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from stepwise import GroupwiseStep
 
-class LAMB(Optimizer):
+
+class LAMB(GroupwiseStep, Optimizer):
     """LAMB (You et al., ICLR 2020, https://arxiv.org/abs/1904.00962), with OneFlow's options.
 
         v = b1 v + (1 - b1) g;   s = b2 s + (1 - b2) g^2;   u = v / (sqrt(s) + eps)
@@ -43,18 +45,6 @@ class LAMB(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"adam_w_mode": adam_w_mode, "do_bias_correction": do_bias_correction}
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, [p.grad for p in params], group)
-        return loss
 
     def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]

@@ -51,7 +51,7 @@ MNIST_FILES = {
 }
 SPLIT_SEED = 42  # the split is part of the task, not of the run: `--seed` leaves it alone
 DIGITS = tuple("0123456789")
-PUBLISHED_AUGMENT = Augment(rotate=7.0, translate=0.1)
+PUBLISHED_AUGMENT = Augment()
 
 
 @dataclass(frozen=True)
@@ -324,9 +324,14 @@ def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> li
         output: logits (B, num_classes).
         target: classes (B,).
     """
-    ranks = output.topk(min(max(topk), output.shape[1]), dim=1).indices
-    hits = ranks == target.unsqueeze(1)  # (B, max(topk))
+    hits = _top_hits(output, target, max(topk))
     return [100.0 * hits[:, :k].any(dim=1).float().mean().item() for k in topk]
+
+
+def _top_hits(output: Tensor, target: Tensor, k: int) -> Tensor:
+    """Whether the target is the class of rank 1, 2, ... k: bool (B, k), fewer of fewer classes."""
+    ranks = output.topk(min(k, output.shape[1]), dim=1).indices
+    return ranks == target.unsqueeze(1)
 
 
 @torch.inference_mode()
@@ -343,8 +348,7 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for images, labels in loader:
         logits, labels = model(images.to(device)), labels.to(device)
-        ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-        hits = ranks == labels.unsqueeze(1)
+        hits = _top_hits(logits, labels, 5)
         batch = criterion(logits, labels) * len(labels), 100 * hits[:, 0].sum(), 100 * hits.sum()
         totals += torch.stack([value.double() for value in batch])
     model.train(training)
