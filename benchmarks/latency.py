@@ -24,7 +24,7 @@ def onnx_session(model: ViT, threads: int) -> Callable[[torch.Tensor], object]:
     """The exported network as a function, on the CPU."""
     import onnxruntime
 
-    from inference import export_onnx
+    from export import export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")

@@ -14,6 +14,7 @@ from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
 from matplotlib.image import imread
 from PIL import Image, ImageOps
 
+import export
 import figures
 import inference
 from digit_image import MAX_SIDE, read_digit
@@ -139,7 +140,7 @@ def test_onnx_is_one_file_with_a_free_batch_axis(run, tmp_path, checkpoint):
 
 
 def test_an_export_that_differs_is_not_written(run, tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(inference, "ONNX_TOLERANCE", 0.0)
+    monkeypatch.setattr(export, "ONNX_TOLERANCE", 0.0)
     (tmp_path / "old.onnx").write_text("old")
     flags = ("--mode", "onnx", "--checkpoint", checkpoint, "--output", "old.onnx")
     assert_one_error_line(run(inference.main, *flags), "differ", "not written")
