@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+MAX_MESSAGE = 3000  # characters
+
 
 class UserError(Exception):
     """Wrong usage or input, in one line: what was given, what was expected, what to do."""
@@ -153,7 +155,10 @@ def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> No
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    if len(message) > MAX_MESSAGE:  # it quotes what was given
+        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
