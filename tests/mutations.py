@@ -272,11 +272,20 @@ def restructured(content: dict, plan: list[tuple[str, int, Any]]) -> dict:
             case "rename":
                 parent[value] = parent.pop(key)
             case "tensor":
-                parent[key] = TENSORS[value](parent[key])
+                parent[key] = made(("TENSORS", value), parent[key])
             case "replace":
-                odd = isinstance(value, tuple) and value[0] == "ODD"
-                parent[key] = ODD[value[1]]() if odd else value
+                parent[key] = made(value, parent[key])
     return content
+
+
+def made(value: Any, old: Any) -> Any:
+    """What `value` stands for, in the place of `old`."""
+    match value:
+        case ("ODD", name):
+            return ODD[name]()
+        case ("TENSORS", name):
+            return TENSORS[name](old)
+    return value
 
 
 def _copied(content: Any) -> Any:
