@@ -8,9 +8,8 @@ torch.save's, a zip archive, with the SHA-256 of all before it as the archive's 
 
 import hashlib
 import io
+import math
 import platform
-import re
-import warnings
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from archive import RefusedError, read_archive
 from cli import UserError
 from files import replacing
 from utils import DIGITS
@@ -79,19 +79,23 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         sizes = _sizes(state)
         config = {"num_heads": PUBLISHED_NUM_HEADS, **sizes, **checkpoint.get("model_config", {})}
         # A ratio is told by whole neurons only: 2.7 x 96 are 259, which would read 2.698.
-        hidden_dim = round(config["embed_dim"] * config["mlp_ratio"])
-        told = {**config, "mlp_ratio": hidden_dim / config["embed_dim"]}
-        if any(told[name] != size for name, size in sizes.items()):
-            raise ValueError(f"its configuration {config} is not its tensors' {sizes}")
-        # Tensors may claim to be larger than what is stored of them, so ask before allocating.
-        if sum(tensor.numel() for tensor in state.values()) > Path(path).stat().st_size:
-            raise ValueError("its tensors are larger than the file")
+        config["mlp_ratio"] = float(config["mlp_ratio"])
+        hidden_dim = round(sizes["embed_dim"] * config["mlp_ratio"])
+        told = {**config, "mlp_ratio": hidden_dim / sizes["embed_dim"]}
+        for name, size in sizes.items():
+            if told[name] != size:
+                raise ValueError(f"its configuration's {name} is not its tensors' {size}")
+        if not (type(config["num_heads"]) is int and config["num_heads"] >= 1):
+            raise ValueError("its configuration's num_heads is no number of heads")
+        _check_state(state, config, Path(path).stat().st_size)
         model = ViT(**config)
         model.load_state_dict(state)
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise ValueError("its weights are not all finite numbers")
         checkpoint["epoch"] = int(checkpoint["epoch"])
         checkpoint["best_acc"] = float(checkpoint["best_acc"])
-        checkpoint["dataset"] = str(checkpoint["dataset"])
-        checkpoint["class_names"] = [str(name) for name in checkpoint["class_names"]]
+        checkpoint["dataset"] = _printable(checkpoint["dataset"])
+        checkpoint["class_names"] = [_printable(name) for name in list(checkpoint["class_names"])]
         checkpoint["normalization"] = {
             name: float(checkpoint["normalization"][name]) for name in ("mean", "std")
         }
@@ -101,6 +105,16 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         }
         if len(checkpoint["class_names"]) != config["num_classes"]:
             raise ValueError(f"{config['num_classes']} classes, but other names for them")
+        mean, std = checkpoint["normalization"].values()
+        in_range = {
+            "epoch": 0 <= checkpoint["epoch"] <= 10**9,
+            "best_acc": math.isfinite(checkpoint["best_acc"]),
+            "normalization": abs(mean) <= 10 and 1e-3 <= std <= 10,
+            "label_smoothing": 0 <= checkpoint["settings"]["label_smoothing"] <= 1,
+        }
+        if not all(in_range.values()):
+            wrong = next(name for name, right in in_range.items() if not right)
+            raise ValueError(f"its {wrong} is out of range")
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         reason = f"no {e} in it" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
         raise UserError(f"{path} is not a checkpoint of this ViT ({reason}); {advice}") from None
@@ -116,15 +130,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     advice = "name one that src/train.py wrote"
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is no checkpoint: it is a device or a pipe; {advice}")
         content = path.read_bytes()
         if not content:
             raise UserError(f"{path} is no checkpoint: it is empty; {advice}")
         if not _matches_checksum(content):
             raise UserError(f"{path} is damaged: its bytes don't match its checksum; {advice}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on odd formats; the error below is enough
-            # weights_only: a pickle can carry code, and this refuses to run any.
-            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        checkpoint = read_archive(path)
     except OSError as error:
         hint = "train first, or name one with --checkpoint"
         raise UserError(
@@ -132,13 +145,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     except UserError:
         raise
-    except Exception as error:  # torch.load raises many kinds on bytes that are not its own
-        code = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
-        if code:
-            name = code[1] or code[2]
-            reason = f"refused, since it would run code ({name.rstrip('.')}) when loaded"
-        else:
-            reason = "truncated or damaged, or of another format, and so not loaded"
+    except RefusedError as error:
+        raise UserError(f"{path} is no checkpoint: refused, since {error}; {advice}") from None
+    except Exception:  # torch.load raises many kinds on bytes that are not its own
+        reason = "truncated or damaged, or of another format, and so not loaded"
         raise UserError(f"{path} is no checkpoint: {reason}; {advice}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         raise UserError(f"{path} is no checkpoint: it has no model_state_dict; {advice}")
@@ -169,3 +179,29 @@ def _sizes(state: dict[str, Tensor]) -> dict[str, int | float | str]:
         "mlp_ratio": state["blocks.0.mlp.0.weight"].shape[0] / embed_dim,
         "pool": pool,
     }
+
+
+def _check_state(state: dict[str, Tensor], config: dict[str, Any], file_size: int) -> None:
+    """Raise ValueError unless these are the model's tensors, before any memory is taken for it."""
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in ViT(**{**config, "depth": 1}).state_dict().items()}
+    expected = {name: shape for name, shape in shapes.items() if not name.startswith("blocks.")}
+    for name in shapes.keys() - expected.keys():
+        rest = name.removeprefix("blocks.0.")
+        expected |= {f"blocks.{i}.{rest}": shapes[name] for i in range(config["depth"])}
+    for name in expected | state:
+        if name not in expected or name not in state or state[name].shape != expected[name]:
+            raise ValueError(f"its {name} is missing, superfluous or of another shape")
+        if not state[name].is_floating_point() or state[name].layout is not torch.strided:
+            raise ValueError(f"its {name} is no array of real numbers")
+    # Tensors may claim to be larger than what is stored of them.
+    if sum(tensor.numel() for tensor in state.values()) > file_size:
+        raise ValueError("its tensors are larger than the file")
+
+
+def _printable(value: str | int) -> str:
+    """A short name, without the codes by which a file could control a terminal."""
+    text = str(value) if isinstance(value, (str, int)) else ""
+    if not 0 < len(text) <= 100 or not text.isprintable():
+        raise ValueError("a name in it is no short printable text")
+    return text

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+MAX_MESSAGE = 3000  # characters
+
 
 class UserError(Exception):
     """Wrong usage or input, in one line: what was given, what was expected, what to do."""
@@ -210,9 +212,12 @@ def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> No
 
 
 def _fail(message: str, status: int = 2) -> None:
+    message = " ".join(message.split())
+    if len(message) > MAX_MESSAGE:  # it quotes what was given
+        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
     # Processes that train together stumble over the same thing: one of each machine says it.
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

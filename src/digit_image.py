@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 
 from cli import UserError
 
+# What pictures come in. Pillow knows more: for EPS it would run the file as a program.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
 MAX_SIDE = 10_000  # pixels; a larger picture would take gigabytes to decode
 WORKING_SIDE = 2_000  # pixels; larger pictures are shrunk before they are looked at
 MIN_CONTRAST = 0.1  # of black to white; below that, what stands out is noise
@@ -40,7 +42,7 @@ def _read_grey(path: Path) -> np.ndarray:
         with warnings.catch_warnings():
             # The size is looked at here, and a warning of Pillow's is one more line for the user.
             warnings.simplefilter("ignore")
-            image = Image.open(path)
+            image = Image.open(path, formats=FORMATS)
             if max(image.size) > MAX_SIDE:
                 raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
             image = ImageOps.exif_transpose(image)
@@ -72,7 +74,7 @@ def _read_grey(path: Path) -> np.ndarray:
         raise
     except Exception:  # Pillow's decoders raise whatever comes on damaged files
         raise UserError(
-            f"image {path} cannot be read: damaged, or no picture of a kind that Pillow knows; "
+            f"image {path} cannot be read: damaged, or none of {', '.join(FORMATS)}; "
             "give a PNG or JPEG file"
         ) from None
 

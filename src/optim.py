@@ -356,7 +356,8 @@ class Schedule:
         ]
         self._val_losses: list[float | None] = []
         self._batch = 0
-        self.rates(limit=MAX_REHEARSAL)  # which refuses what would fail in the run
+        # Which refuses what would fail in the run; a longer text is more work at each change.
+        self.rates(limit=MAX_REHEARSAL * 200 // max(200, len(self.text)))
 
     def __str__(self) -> str:
         text = f"{self.text}, every {self.interval}"

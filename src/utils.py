@@ -50,6 +50,7 @@ MNIST_FILES = {
         "ec29112dd5afa0611ce80d1b7f02629c", "27ae3e4e09519cfbb04c329615203637", (10000,)
     ),
 }
+MAX_IDX_BYTES = 50_000_000  # the largest file has 47,040,016
 SPLIT_SEED = 42  # the split is part of the task, not of the run: `--seed` leaves it alone
 DIGITS = tuple("0123456789")
 PUBLISHED_AUGMENT = Augment()
@@ -171,12 +172,16 @@ def _read_idx(raw: Path, name: str) -> np.ndarray:
     plain, packed = _variants(raw, name)
     path, md5 = (plain, expected.md5) if os.path.exists(plain) else (packed, expected.packed_md5)
     try:
-        content = path.read_bytes()
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError(None, "it is a folder or a device")
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            content = file.read(MAX_IDX_BYTES)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if (found := hashlib.md5(content).hexdigest()) != md5:
         raise UserError(
-            f"{path} is damaged: {len(content)} bytes with MD5 {found}, expected MD5 {md5}; "
+            f"{path} is damaged: {size} bytes with MD5 {found}, expected MD5 {md5}; "
             "delete it to have it downloaded again, or put a good copy there"
         )
     content = gzip.decompress(content) if path == packed else content
@@ -407,13 +412,13 @@ def reset_todo_md(
     epochs: int, todo_path: str | Path = "./TODO.md", dataset: str | None = None
 ) -> None:
     """Give TODO.md's progress table a row for each epoch, none started; other text stays."""
-    before, _, after = _split_todo(todo_path)
+    before, _, after, newline = _split_todo(todo_path)
     caption = f"Data set: {dataset}"
-    if len(before) > 1 and before[-2].startswith("Data set: "):
+    if len(before) > 1 and before[-2].startswith("Data set: ") and not before[-1]:
         before = before[:-2]
     rows = [f"| {epoch} | not started | | | | |" for epoch in range(1, epochs + 1)]
     before += [caption, ""] if dataset else []
-    write_text(todo_path, "\n".join([*before, *TODO_HEADER, *rows, *after]))
+    write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
 
 
 def update_todo_md(
@@ -424,16 +429,15 @@ def update_todo_md(
     todo_path: str | Path = "./TODO.md",
 ) -> None:
     """Fill in an epoch's row of TODO.md's progress table, adding the row or table if it is gone."""
-    before, rows, after = _split_todo(todo_path)
+    before, rows, after, newline = _split_todo(todo_path)
     finished = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     best = "yes" if is_best else "no"
     row = f"| {epoch} | done | {train_loss:.4f} | {val_acc:.2f} | {best} | {finished} |"
-    numbers = [r.strip("| ").split("|")[0].strip() for r in rows]
-    if str(epoch) in numbers:
-        rows[numbers.index(str(epoch))] = row
-    else:
-        rows.append(row)
-    write_text(todo_path, "\n".join([*before, *TODO_HEADER, *rows, *after]))
+    same = [i for i, r in enumerate(rows) if r.split("|")[1].strip() == str(epoch)]
+    first = same[0] if same else len(rows)
+    others = [r for i, r in enumerate(rows) if i > first and i not in same]
+    rows = [*rows[:first], row, *others]
+    write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
 
 
 def restore_todo_md(
@@ -448,35 +452,37 @@ def restore_todo_md(
         epochs: of the whole run.
         history: a row for each epoch done, as in history.json.
     """
-    before, rows, after = _split_todo(todo_path)
-    states = {row.strip("| ").split("|")[0].strip(): row for row in rows}
+    before, rows, after, newline = _split_todo(todo_path)
+    states = {row.split("|")[1].strip(): row for row in rows}
     best = -1.0
     if not rows:
         reset_todo_md(epochs, todo_path, dataset)
     elif len(rows) < epochs:
         missing = (n for n in range(1, epochs + 1) if str(n) not in states)
         rows += [f"| {epoch} | not started | | | | |" for epoch in missing]
-        write_text(todo_path, "\n".join([*before, *TODO_HEADER, *rows, *after]))
+        write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
     for row in history:
         is_best, best = row["val_acc"] > best, max(best, row["val_acc"])
         if "| done |" not in states.get(str(row["epoch"]), ""):
             update_todo_md(row["epoch"], row["train_loss"], row["val_acc"], is_best, todo_path)
 
 
-def _split_todo(todo_path: str | Path) -> tuple[list[str], list[str], list[str]]:
-    """TODO.md's lines before, in (rows only) and after the progress table."""
+def _split_todo(todo_path: str | Path) -> tuple[list[str], list[str], list[str], str]:
+    """TODO.md's lines before, in (rows only) and after the progress table, and what ends a line."""
     try:
-        text = Path(todo_path).read_text(encoding="utf-8", errors="surrogateescape")
+        text = Path(todo_path).read_bytes().decode("utf-8", errors="surrogateescape")
     except FileNotFoundError:
         text = "# TODO\n"
     except OSError as error:
         raise UserError(f"{todo_path} cannot be read: {error.strerror or error}") from None
-    lines = text.split("\n")
-    if TODO_HEADER[0] not in lines:
-        heading = [] if TODO_HEADING in lines else [TODO_HEADING, ""]
-        return [*lines, *heading], [], [""]
-    start = lines.index(TODO_HEADER[0])
-    end = start + 1
+    newline = "\r\n" if 0 < text.count("\n") == text.count("\r\n") else "\n"
+    lines = text.split(newline)
+    bare = [line.rstrip("\r") for line in lines]  # where the ends of lines are mixed
+    if TODO_HEADER[0] not in bare:
+        heading = [] if TODO_HEADING in bare else [TODO_HEADING]
+        return [*lines, *heading, ""], [], [""], newline
+    start = end = bare.index(TODO_HEADER[0]) + 1
     while end < len(lines) and lines[end].startswith("|"):
         end += 1
-    return lines[:start], lines[start + 2 : end], lines[end:]
+    ruled = start < end and not bare[start].strip("|-: ")
+    return lines[: start - 1], bare[start + ruled : end], lines[end:] or [""], newline

@@ -12,6 +12,7 @@ import pytest
 import sklearn.datasets  # noqa: F401 what a run would import: forked processes find it there
 import torch
 import torch._dynamo
+from hypothesis import HealthCheck, settings
 
 import cli
 import train
@@ -30,6 +31,16 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA h
 # A run of seconds: the digits, a small network, few passes.
 QUICK = "--device cpu --dataset digits --epochs 15 --batch_size 32 --lr 3e-3".split()
 QUICK += "--depth 2 --embed_dim 48".split()
+
+# Fuzzing: few examples and always the same, or many and always others (--hypothesis-profile long).
+# Fixtures are shared by a test's examples on purpose; how long one takes, the tests look at.
+settings.register_profile(
+    "ci", max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile(
+    "long", settings.get_profile("ci"), max_examples=10_000, derandomize=False, print_blob=True
+)
+settings.load_profile("ci")
 
 
 @pytest.fixture

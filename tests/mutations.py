@@ -1,0 +1,299 @@
+"""How the fuzzing damages files, and the bounds of time and memory that it holds the code to.
+
+Damage is drawn as a plan, plain data that Hypothesis prints and shrinks, and applied to a real
+file: so a finding can be written down as an example.
+"""
+
+import faulthandler
+import io
+import signal
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+CPU_SECONDS = 20  # far above what any input needs, so that a busy machine fails no test
+MEMORY = 2**30  # bytes above what the process has before
+
+
+class TooLongError(BaseException):
+    """No `except Exception` on the way keeps it."""
+
+
+@contextmanager
+def bounded(memory: int = MEMORY, seconds: int = CPU_SECONDS) -> Iterator[None]:
+    """Fail where the block takes more CPU time or, on Linux, more memory at its peak."""
+
+    def stop(*_) -> None:
+        raise TooLongError
+
+    clear, before = Path("/proc/self/clear_refs"), 0
+    if clear.exists():
+        clear.write_text("5")  # the peak is measured from here
+        before = _peak()
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    faulthandler.dump_traceback_later(30 * seconds, exit=True, file=sys.__stderr__)  # hangs in C
+    try:
+        yield
+    except TooLongError:
+        raise AssertionError(f"more than {seconds} s of CPU time") from None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
+    if clear.exists():
+        assert _peak() - before < memory, f"{_peak() - before:,} bytes"
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+# ----------------------------------------------------------------------------------------- bytes
+
+# Near the ends of a file stand its headers and directories.
+POSITIONS = st.integers(-300, 300) | st.integers(0, 2**30)
+CHUNKS = st.binary(min_size=1, max_size=12) | st.sampled_from(
+    [b"\0" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\xff" * 8, b"\0" * 100, b"\r\n"]
+)
+EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["overwrite", "flip", "insert", "delete", "cut", "repeat", "turn"]),
+        POSITIONS,
+        CHUNKS,
+    ),
+    min_size=1,
+    max_size=6,
+)
+Edits = list[tuple[str, int, bytes]]
+
+
+def edited(whole: bytes, edits: Edits) -> bytes:
+    data = bytearray(whole)
+    for kind, position, chunk in edits:
+        at = position % (len(data) + 1)
+        end = at + len(chunk)
+        match kind:
+            case "overwrite":
+                data[at:end] = chunk
+            case "flip":
+                data[at:end] = bytes(a ^ b for a, b in zip(data[at:end], chunk, strict=False))
+            case "insert":
+                data[at:at] = chunk
+            case "delete":
+                del data[at:end]
+            case "cut":
+                del data[at:]
+            case "repeat":
+                data[at:at] = data[at:end] * 50
+            case "turn":
+                data[:] = data[at:] + data[:at]
+    return bytes(data)
+
+
+# ------------------------------------------------------------------------------------------- zip
+
+ZIP_EDITS = st.lists(
+    st.tuples(
+        st.sampled_from(["edit", "drop", "empty", "other", "twice", "rename", "deflate"]),
+        st.integers(0, 50),  # the entry
+        EDITS,
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def rezipped(whole: bytes, plan: list[tuple[str, int, Edits]]) -> bytes:
+    """The archive written anew with some of its entries changed."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        entries = [[name, archive.read(name), zipfile.ZIP_STORED] for name in archive.namelist()]
+    for kind, number, edits in plan:
+        number %= len(entries)
+        entry = entries[number]
+        match kind:
+            case "edit":
+                entry[1] = edited(entry[1], edits)
+            case "drop" if len(entries) > 1:
+                del entries[number]
+            case "empty":
+                entry[1] = b""
+            case "other":
+                entry[1] = entries[edits[0][1] % len(entries)][1]
+            case "twice":
+                entries.append([entry[0], edited(entry[1], edits), entry[2]])
+            case "rename":
+                entry[0] = edited(entry[0].encode(), edits).decode("latin-1") or "x"
+            case "deflate":
+                entry[2] = zipfile.ZIP_DEFLATED
+    return zipped(entries)
+
+
+def zipped(entries: list[tuple[str, bytes, int]]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names that are there twice are the point
+        for name, data, compression in entries:
+            archive.writestr(name, data, compression)
+    return content.getvalue()
+
+
+# ------------------------------------------------------------------------------------ structures
+
+
+def _laughs() -> list:
+    """A list of a few hundred bytes in a file, whose text would fill every disk."""
+    inner: list = ["ha"]
+    for _ in range(60):
+        inner = [inner, inner]
+    return inner
+
+
+def _deep() -> list:
+    inner: list = []
+    for _ in range(900):
+        inner = [inner]
+    return inner
+
+
+def _itself() -> list:
+    inner: list = []
+    inner.append(inner)
+    return inner
+
+
+# Made when applied: they print badly, and some are large.
+ODD: dict[str, Callable[[], Any]] = {
+    "10**400": lambda: 10**400,
+    "10**5000": lambda: 10**5000,
+    "a million names": lambda: ["x"] * 10**6,
+    "long text": lambda: "x" * 10**6,
+    "laughs": _laughs,
+    "itself": _itself,
+    "deep list": _deep,
+    "scalar tensor": lambda: torch.tensor(3.0),
+    "tensor": lambda: torch.ones(3),
+    "huge tensor": lambda: torch.zeros(1).expand(10**12),
+    "escape codes": lambda: "\x1b[2J\x1b]0;title\x07",
+    "two lines": lambda: "one\ntwo",
+    "surrogate": lambda: "\ud800",
+}
+PLAIN = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 10)
+    | st.sampled_from([10**9, -(10**9), 2**31, 2**63, 2**64, -(2**63)])
+    | st.floats()
+    | st.sampled_from(["", "x", "mnist", "digits", "auto", "cls", "mean", "sincos2d", "learned"])
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+    | st.complex_numbers()
+)
+VALUES = (
+    PLAIN
+    | st.lists(PLAIN, max_size=3)
+    | st.dictionaries(PLAIN.filter(lambda x: not isinstance(x, list)), PLAIN, max_size=3)
+    | st.sampled_from(sorted(ODD)).map(lambda name: ("ODD", name))
+)
+
+# What a tensor may be replaced by.
+TENSORS: dict[str, Callable[[Tensor], Any]] = {
+    "one value expanded": lambda t: torch.zeros(1).expand(t.shape),
+    "claims to be huge": lambda t: torch.zeros(1).expand(10**12),
+    "first axis claims to be huge": lambda t: torch.zeros(1).expand((10**9, *t.shape[1:])),
+    "one row less": lambda t: t[:-1].clone() if t.ndim else t,
+    "last axis doubled": lambda t: torch.cat([t, t], dim=-1) if t.ndim else t,
+    "transposed": lambda t: t.transpose(0, -1) if t.ndim else t,
+    "axis more": lambda t: t[None],
+    "flat": lambda t: t.flatten(),
+    "no axis": lambda t: torch.tensor(1.0),
+    "empty": lambda t: t.new_empty(0),
+    "nan": lambda t: torch.full_like(t, torch.nan),
+    "inf": lambda t: torch.full_like(t, torch.inf),
+    "largest float": lambda t: torch.full_like(t, 3e38),
+    "float64": lambda t: t.double(),
+    "bf16": lambda t: t.bfloat16(),
+    "float8": lambda t: t.float().to(torch.float8_e4m3fn),
+    "int64": lambda t: t.long(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t + 1j,
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "sparse csr": lambda t: t.to_sparse_csr() if t.ndim == 2 else t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "needs gradient": lambda t: torch.nn.Parameter(t.float()),
+    "with an attribute": lambda t: _with_attribute(t),
+    "conjugate": lambda t: torch.conj(t + 1j),
+    "nested list": lambda t: t.tolist(),
+}
+
+
+def _with_attribute(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.numel = 5
+    return tensor
+
+
+STRUCTURE_EDITS = st.lists(
+    st.tuples(st.just("drop"), POSITIONS, st.none())
+    | st.tuples(st.just("replace"), POSITIONS, VALUES)
+    | st.tuples(st.just("rename"), POSITIONS, PLAIN)
+    | st.tuples(st.just("tensor"), POSITIONS, st.sampled_from(sorted(TENSORS))),
+    min_size=1,
+    max_size=3,
+)
+
+
+def restructured(content: dict, plan: list[tuple[str, int, Any]]) -> dict:
+    """A copy of nested dicts in which some values are gone, renamed or another."""
+    content = _copied(content)
+    for kind, number, value in plan:
+        places = list(_places(content))
+        if kind == "tensor":
+            places = [(d, k) for d, k in places if isinstance(d[k], Tensor)]
+        if not places:
+            continue
+        # Half of them at the top, where most of the values are that a loader reads.
+        top = [place for place in places if place[0] is content]
+        choice = top if number % 2 and top else places
+        parent, key = choice[number // 2 % len(choice)]
+        match kind:
+            case "drop":
+                del parent[key]
+            case "rename":
+                parent[value] = parent.pop(key)
+            case "tensor":
+                parent[key] = made(("TENSORS", value), parent[key])
+            case "replace":
+                parent[key] = made(value, parent[key])
+    return content
+
+
+def made(value: Any, old: Any) -> Any:
+    """What `value` stands for, in the place of `old`."""
+    match value:
+        case ("ODD", name):
+            return ODD[name]()
+        case ("TENSORS", name):
+            return TENSORS[name](old)
+    return value
+
+
+def _copied(content: Any) -> Any:
+    return {k: _copied(v) for k, v in content.items()} if isinstance(content, dict) else content
+
+
+def _places(content: dict) -> Iterator[tuple[dict, Any]]:
+    for key, value in content.items():
+        yield content, key
+        if isinstance(value, dict) and key != "optimizer_state_dict":
+            yield from _places(value)
