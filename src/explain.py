@@ -188,6 +188,14 @@ class Calibration:
         gaps = np.abs(self.accuracy - self.confidence)
         return float(gaps @ self.counts / self.counts.sum())
 
+    @property
+    def interval(self) -> np.ndarray:
+        """95 % confidence interval of `accuracy`, low and high ends, (2, bins) (Wilson, 1927)."""
+        n, z = np.maximum(self.counts, 1), 1.96
+        middle = (self.accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * np.sqrt(self.accuracy * (1 - self.accuracy) / n + z**2 / (4 * n**2))
+        return np.stack((middle - half / (1 + z**2 / n), middle + half / (1 + z**2 / n)))
+
 
 def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Calibration:
     """Sort predictions by confidence into bins ((m - 1) / bins, m / bins].

@@ -110,7 +110,9 @@ def test_a_patch_map_is_what_the_head_reads_of_each_patch(model, images):
 def test_features_are_what_the_head_reads(model, images):
     model.eval()
     with torch.no_grad():
-        assert torch.equal(model.head(explain.features(model.train(), images)), model.eval()(images))
+        assert torch.equal(
+            model.head(explain.features(model.train(), images)), model.eval()(images)
+        )
 
 
 def test_outputs_are_the_models_own_on_every_image(model):
