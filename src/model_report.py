@@ -151,7 +151,7 @@ def write_report(
     return notes
 
 
-# ----------------------------------------------------------------------- the files beside the model
+# ------------------------------------------------------------------- the files beside the model
 
 
 def read_history(path: Path) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _same_run(history: dict[str, Any], checkpoint: dict[str, Any]) -> bool:
     return found and history["dataset"] == checkpoint["dataset"]
 
 
-# ------------------------------------------------------------------------------------- the sections
+# ------------------------------------------------------------------- the sections
 
 
 def _results(checkpoint: dict[str, Any], model: ViT, outputs: Outputs) -> Section:
@@ -367,7 +367,7 @@ def _add_table(sections: list[Section], at: int, table: Table) -> None:
     sections[at] = Section(old.heading, old.text, old.picture, (*old.tables, table))
 
 
-# ---------------------------------------------------------------------------------- the two formats
+# ------------------------------------------------------------------- the two formats
 
 
 def _to_markdown(title: str, lead: str, sections: Sequence[Section], links: dict[str, str]) -> str:
