@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -122,13 +122,14 @@ def predictions(
     side = max(1, math.ceil(math.sqrt(len(images))))
     figure = Figure(figsize=(2.1 * side, 2.25 * side + 0.4), layout="constrained")
     grid = figure.subplots(side, side, squeeze=False).ravel()
-    _gallery(grid, images, labels, predicted, probabilities)
+    _gallery(grid, 10, images, labels, predicted, probabilities)
     figure.suptitle(title)
     return figure
 
 
 def _gallery(
     grid: Sequence[Axes],
+    fontsize: float,
     images: np.ndarray,
     labels: Sequence[str],
     predicted: Sequence[str],
@@ -145,7 +146,7 @@ def _gallery(
             f"{guess}: {100 * p:.1f} % (true: {label})",
             color=GREEN if right else RED,
             fontweight="normal" if right else "bold",
-            fontsize=10,
+            fontsize=fontsize,
         )
 
 
@@ -170,13 +171,14 @@ def attention(
         maps, axis_names = maps.swapaxes(1, 2), ("head", "layer")
     columns, rows = maps.shape[1:3]
     tile = min(0.75, 12 / columns)  # inches
-    height = max(2.2, rows * tile) + 0.55
+    height = max(2.7, rows * tile + 0.5)
     figure = Figure(
-        figsize=(5.6 + columns * tile + 1.2, height * len(images) + 1.0), layout="constrained"
+        figsize=(5.2 + columns * tile + 1, height * len(images) + 0.6), layout="constrained"
     )
-    ratios = [2.4, 2.9, columns * tile + 1.2]
+    ratios = [2.4, 2.4, columns * tile + 0.4]
     grid = figure.subplots(len(images), 3, squeeze=False, width_ratios=ratios)
-    top, gap = float(maps.max()), 3
+    # The root: heads that look everywhere show their differences beside those that look at one.
+    norm, gap = PowerNorm(0.5, vmin=0, vmax=float(maps.max())), 3
     for (image_axes, rollout_axes, axes), image, tiles, flow, text in zip(
         grid, images, maps, rollout_maps, titles, strict=True
     ):
@@ -186,12 +188,14 @@ def attention(
         shown = rollout_axes.imshow(_enlarge(flow, scale), cmap=MORE_IS_DARKER)
         _outline(rollout_axes, image)
         rollout_axes.set_title("rollout", fontsize=10)
-        figure.colorbar(shown, ax=rollout_axes, shrink=0.75, format=PercentFormatter(1, 1))
+        ticks = MaxNLocator(3)
+        percent = PercentFormatter(1, symbol=" %")
+        figure.colorbar(shown, ax=rollout_axes, location="bottom", ticks=ticks, format=percent)
         image_axes.axis("off")
         rollout_axes.set(xticks=[], yticks=[])
 
         mosaic = _mosaic(_enlarge(tiles.swapaxes(0, 1), scale), gap)
-        weights = axes.imshow(mosaic, cmap=MORE_IS_DARKER, vmin=0, vmax=top)
+        weights = axes.imshow(mosaic, cmap=MORE_IS_DARKER, norm=norm)
         _outline(axes, _mosaic(np.broadcast_to(image, (rows, columns, *image.shape)), gap))
         step, middle = len(image) + gap, len(image) / 2 - 0.5
         axes.set_xticks(middle + step * np.arange(columns), range(1, columns + 1))
@@ -199,7 +203,8 @@ def attention(
         axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        figure.colorbar(weights, ax=axes, shrink=0.9, pad=0.01, format=PercentFormatter(1, 0))
+        bar = figure.colorbar(weights, ax=axes, pad=0.01, format=PercentFormatter(1, 0, " %"))
+        bar.set_ticks([share for share in (0, 0.05, 0.2, 0.5, 1) if share <= norm.vmax])
     figure.suptitle(title)
     return figure
 
@@ -225,6 +230,7 @@ def _outline(axes: Axes, image: np.ndarray) -> None:
 
 def embeddings(
     similarity: np.ndarray,
+    learned: bool,
     components: np.ndarray,
     shares: np.ndarray,
     maps: dict[str, np.ndarray],
@@ -236,6 +242,7 @@ def embeddings(
 
     Args:
         similarity: (side, side, side, side), a map for each patch.
+        learned: whether the position embeddings are, or are fixed.
         components: (count, P, P), of the patch embedding's filters.
         shares: of the filters' variance, (count,).
         maps: points (n, 2) by the method's name.
@@ -245,12 +252,14 @@ def embeddings(
     (position_axes, filter_axes), map_axes = figure.subplots(2, 2)
 
     side = len(similarity)
-    shown = position_axes.imshow(_mosaic(similarity, 1), cmap="cividis", vmax=1)
-    ticks = (side - 1) / 2 + (side + 1) * np.arange(side)
+    scale = -(-16 // side)
+    tiles = _mosaic(_enlarge(similarity, scale), 2)
+    shown = position_axes.imshow(tiles, cmap="cividis", vmax=1)
+    ticks = (side * scale - 1) / 2 + (side * scale + 2) * np.arange(side)
     position_axes.set_xticks(ticks, range(1, side + 1))
     position_axes.set_yticks(ticks, range(1, side + 1))
     position_axes.set(
-        title="Position embeddings: each patch's similarity to all",
+        title=f"Position embeddings ({'learned' if learned else 'fixed'}): each compared with all",
         xlabel="column of the patch",
         ylabel="row of the patch",
     )
@@ -269,7 +278,7 @@ def embeddings(
         xticks=[],
         yticks=[],
     )
-    figure.colorbar(shown, ax=filter_axes, shrink=0.85, label="weight, of the largest in the tile")
+    figure.colorbar(shown, ax=filter_axes, shrink=0.55, label="weight / largest in the tile")
 
     for axes, (name, points) in zip(map_axes, maps.items(), strict=True):
         _class_map(axes, points, labels, class_names)
@@ -326,7 +335,7 @@ def confusion(
         mistakes: `images` (m, H, W), and their `labels`, `predicted` and `probabilities`, as
             `predictions` takes them; at most 16 are shown.
     """
-    figure = Figure(figsize=(12, 11.8), layout="constrained")
+    figure = Figure(figsize=(12.5, 11.8), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[7.2, 4.6])
     matrix_axes, score_axes = upper.subplots(1, 2, width_ratios=[10, 3.6])
     small = min(10.0, 100 / len(counts))
@@ -354,7 +363,7 @@ def confusion(
         axes.tick_params(length=0)
 
     if len(mistakes["labels"]):
-        _gallery(lower.subplots(2, 8).ravel(), **mistakes)
+        _gallery(lower.subplots(2, 8).ravel(), 9, **mistakes)
         lower.suptitle("The most confident mistakes")
     else:
         lower.suptitle("There is no mistake")
@@ -384,7 +393,7 @@ def calibration(bins: Calibration, title: str) -> Figure:
         width,
         color=BLUE,
         alpha=0.35,
-        label="accuracy, with its 95 % interval",
+        label="accuracy, 95 % interval",
     )
     low, high = 100 * bins.interval[:, there]
     accuracy = 100 * bins.accuracy[there]
@@ -395,16 +404,16 @@ def calibration(bins: Calibration, title: str) -> Figure:
         accuracy,
         "o",
         color=RED,
-        label="mean confidence and accuracy of a bin",
+        label="a bin's mean confidence",
     )
     upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
-    upper.legend(frameon=False, loc="upper left")
     lower.bar(middles, bins.counts, width, color=BLUE, alpha=0.35)
     lower.set_yscale("log")
     lower.set(xlabel="confidence: the predicted class's probability (%)", ylabel="images")
     lower.set_ylim(bottom=0.7)
     for axes in (upper, lower):
         _tidy(axes)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2)
     figure.suptitle(title)
     return figure
 

@@ -117,11 +117,12 @@ def draw_embeddings(task: Task) -> Figure:
     some = np.random.default_rng(seed).permutation(len(outputs.labels))[:MAPPED_IMAGES]
     return figures.embeddings(
         explain.position_similarity(task.model),
+        isinstance(task.model.pos_embed, nn.Parameter),
         *explain.filter_components(task.model),
         explain.project(outputs.features[some], seed),
         outputs.labels[some],
         task.class_names,
-        f"What the model has learned of places, patches and classes ({task.checkpoint['dataset']})",
+        f"Embeddings of positions, patches and images ({task.checkpoint['dataset']})",
     )
 
 
