@@ -171,7 +171,7 @@ def attention(
         maps, axis_names = maps.swapaxes(1, 2), ("head", "layer")
     columns, rows = maps.shape[1:3]
     tile = min(0.75, 12 / columns)  # inches
-    height = max(2.7, rows * tile + 0.5)
+    height = max(3.2, rows * tile + 0.7)
     figure = Figure(
         figsize=(5.2 + columns * tile + 1, height * len(images) + 0.6), layout="constrained"
     )
@@ -190,7 +190,8 @@ def attention(
         rollout_axes.set_title("rollout", fontsize=10)
         ticks = MaxNLocator(3)
         percent = PercentFormatter(1, symbol=" %")
-        figure.colorbar(shown, ax=rollout_axes, location="bottom", ticks=ticks, format=percent)
+        below = rollout_axes.inset_axes((0, -0.1, 1, 0.05))
+        figure.colorbar(shown, below, orientation="horizontal", ticks=ticks, format=percent)
         image_axes.axis("off")
         rollout_axes.set(xticks=[], yticks=[])
 
@@ -201,10 +202,14 @@ def attention(
         axes.set_xticks(middle + step * np.arange(columns), range(1, columns + 1))
         axes.set_yticks(middle + step * np.arange(rows), range(1, rows + 1))
         axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
+        axes.set_title("by layer and head", fontsize=10)
+        for part in (image_axes, rollout_axes, axes):
+            part.set_anchor("N")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         bar = figure.colorbar(weights, ax=axes, pad=0.01, format=PercentFormatter(1, 0, " %"))
-        bar.set_ticks([share for share in (0, 0.05, 0.2, 0.5, 1) if share <= norm.vmax])
+        shares = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
+        bar.set_ticks(shares[(shares == 0) | (shares > norm.vmax / 50) & (shares <= norm.vmax)])
     figure.suptitle(title)
     return figure
 
