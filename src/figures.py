@@ -308,6 +308,7 @@ def _class_map(
     axes: Axes, points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
 ) -> None:
     """Scatter points by class, in its colour and mark, with its name at its middle."""
+    middles = {}
     for i, name in enumerate(class_names):
         own = points[labels == i]
         color = CLASS_COLORS[i % len(CLASS_COLORS)]
@@ -316,15 +317,23 @@ def _class_map(
         if len(own):
             # The point next to the median: that may itself lie between two groups.
             distances = np.linalg.norm(own - np.median(own, axis=0), axis=1)
-            axes.annotate(
-                name,
-                own[distances.argmin()],
-                ha="center",
-                va="center",
-                fontsize=15,
-                fontweight="bold",
-                path_effects=[withStroke(linewidth=4, foreground="white")],
-            )
+            middles[name] = own[distances.argmin()]
+    look = {"ha": "center", "va": "center", "fontsize": 15, "fontweight": "bold"}
+    halo = [withStroke(linewidth=4, foreground="white")]
+    span = np.maximum(np.ptp(points, axis=0), 1e-9)
+    places = _apart(np.array(list(middles.values())) / span, 0.06) * span
+    for name, place in zip(middles, places, strict=True):
+        axes.annotate(name, place, path_effects=halo, **look)
+
+
+def _apart(places: np.ndarray, distance: float) -> np.ndarray:
+    """Move points (n, 2) until no two are closer than `distance`, as far as 100 rounds get."""
+    places = places + 1e-6 * np.arange(len(places))[:, None]  # two on one spot can't part
+    for _ in range(100):
+        away = places[:, None] - places  # (n, n, 2)
+        lengths = np.linalg.norm(away, axis=2, keepdims=True) + np.eye(len(places))[..., None]
+        places = places + (away / lengths * np.maximum(distance - lengths, 0)).sum(axis=1) / 2
+    return places
 
 
 def confusion(
