@@ -364,7 +364,7 @@ def test_class_names_from_a_stranger_can_be_drawn(run, tmp_path, drawn):
     about = {**PUBLISHED, "dataset": "digits", "model_config": config}
     about["class_names"] = [HOSTILE, "_2", "\n", "", "x" * 10_000, "漢", *"6789"]
     save(tmp_path / "odd.pt", ViT(**config), **about)
-    for mode in ("visualize", "confusion", "embeddings"):
+    for mode in ("confusion", "embeddings"):
         assert run(inference.main, "--mode", mode, "--checkpoint", "odd.pt").status == 0
 
 
