@@ -9,10 +9,11 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -89,7 +90,7 @@ class Section:
     heading: str
     text: str = ""
     picture: str = ""  # a name among the report's pictures
-    tables: Sequence[Table] = field(default=())
+    tables: Sequence[Table] = ()
 
 
 def write_report(
@@ -130,13 +131,15 @@ def write_report(
     dataset = checkpoint["dataset"]
     title = f"Vision Transformer on {dataset}: {100 * outputs.correct.mean():.2f} % right"
     lead = f"{one_line(str(checkpoint_path), 200)}, report of {date.today().isoformat()}"
-    sections = [_results(checkpoint, model, outputs)]
-    sections += [Section(*PICTURES[name], picture=name) for name in PICTURES if name in pictures]
-    by_name = {section.picture: i for i, section in enumerate(sections)}
-    scores = _scores_by_class(outputs, checkpoint["class_names"])
-    _add_table(sections, by_name["confusion"], scores)
+    tables = {"confusion": [_scores_by_class(outputs, checkpoint["class_names"])]}
     if history:
-        _add_table(sections, by_name["curves"], _epochs(history))
+        tables["curves"] = [_epochs(history)]
+    sections = [_results(checkpoint, model, outputs)]
+    sections += [
+        Section(*PICTURES[name], picture=name, tables=tables.get(name, ()))
+        for name in PICTURES
+        if name in pictures
+    ]
     if all(timings):
         sections.append(_comparison(*(_with_top5(timing, history) for timing in timings)))
     sections.append(_settings(checkpoint, history))
@@ -377,11 +380,6 @@ def _shown(value: Any) -> str:
     return f"({type(value).__name__})"  # printing it may take long, or fail
 
 
-def _add_table(sections: list[Section], at: int, table: Table) -> None:
-    old = sections[at]
-    sections[at] = Section(old.heading, old.text, old.picture, (*old.tables, table))
-
-
 # ------------------------------------------------------------------- the two formats
 
 
@@ -398,7 +396,7 @@ def _to_markdown(title: str, lead: str, sections: Sequence[Section], links: dict
         if section.text:
             lines += [safe(section.text), ""]
         if section.picture:
-            lines += [f"![{section.heading}]({links[section.picture].replace(' ', '%20')})", ""]
+            lines += [f"![{section.heading}]({quote(links[section.picture])})", ""]
         for table in section.tables:
             lines += [row(table.header), "|" + "---|" * len(table.header)]
             lines += [*map(row, table.rows[:MAX_ROWS]), *_cut(table), ""]
