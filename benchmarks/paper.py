@@ -239,7 +239,7 @@ def _light(frame, missing, shadow, generator) -> np.ndarray:
 
 
 def _view(frame, margin, degrees, generator) -> np.ndarray:
-    """Eight coefficients: where on the sheet each pixel of the frame lies, turned and from a side."""
+    """Where on the sheet each pixel of the frame lies, seen from a side: coefficients (8,)."""
     height, width = frame
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)], dtype=float)
     middle = corners.mean(axis=0)
