@@ -306,7 +306,7 @@ def read_all(files: list[bytes], names: list[str]) -> tuple[np.ndarray, np.ndarr
 def main() -> None:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--checkpoint", default="./checkpoints/best_model.pt", help="trained model")
-    parser.add_argument("--images", default=200, type=cli.integer(1, 10_000), help="of each kind")
+    parser.add_argument("--images", default=100, type=cli.integer(1, 10_000), help="of each kind")
     parser.add_argument(
         "--split", default="test", choices=["val", "test"], help="whose digits; val to develop"
     )

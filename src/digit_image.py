@@ -39,13 +39,15 @@ def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.nda
 
     Args:
         source: a path, or a file open in binary mode.
-        name: of the picture in messages; None is its path.
+        name: of the picture in messages; None is its path, or the file's own name.
 
     Raises:
         UserError: there is no such file, Pillow can't read it, it is too large, shows nothing or
             several digits.
     """
-    name = name or str(getattr(source, "name", source))
+    if name is None:
+        is_path = isinstance(source, str | Path)
+        name = str(source) if is_path else str(getattr(source, "name", "given"))
     picture = _read_picture(source, name)
     ink = without_lines(_ink(picture))
     return _centre(_fit(_thicken(_strokes(ink, name))))
@@ -211,7 +213,7 @@ def _digit_parts(ink: np.ndarray, labels: np.ndarray, photo: bool, name: str) ->
     inner = (start > 0).all(axis=1) & (stop < ink.shape).all(axis=1) | (not photo)
     main = np.where(inner & large if (inner & large).any() else True, mass, 0).argmax()
     parts = numbers == numbers[main]
-    while True:
+    while True:  # a broken stroke's pieces join the box one after the other
         top_left, bottom_right = start[parts].min(axis=0), stop[parts].max(axis=0)
         size = (bottom_right - top_left).max()
         gap = np.maximum(start - bottom_right, top_left - stop).max(axis=1)
@@ -219,6 +221,7 @@ def _digit_parts(ink: np.ndarray, labels: np.ndarray, photo: bool, name: str) ->
         if not (near & ~parts).any():
             break
         parts |= near
+    # As high and as dark as the digit, and far from it: one more.
     others = inner & large & ~parts & (length > 0.6 * size) & (strength > 0.7 * strength[main])
     if others.any():
         raise UserError(
