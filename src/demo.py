@@ -5,12 +5,14 @@ import socket
 from ipaddress import ip_address
 
 import torch
+from PIL import Image
 
 import cli
 from checkpoint import find_checkpoint, load_checkpoint
 from cli import UserError
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+MAX_PIXELS = 25_000_000  # of a picture: a file of some kilobytes may unpack to gigabytes
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,8 +70,9 @@ def main() -> None:
             f"{path} takes images of {config['in_chans']}x{config['img_size']}x"
             f"{config['img_size']}, expected 1x28x28"
         )
-    torch.set_num_threads(1)  # sharing one digit's work among threads takes longer than the work
     with open_socket(args.host, args.port) as listener:
+        torch.set_num_threads(1)  # one digit is too little work to share
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what has twice as many
         address, port = listener.getsockname()[:2]
         local = ip_address(address).is_loopback
         app = make_app(model.to(device), checkpoint, LOOPBACK_NAMES if local else ("*",))

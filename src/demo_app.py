@@ -23,7 +23,7 @@ from starlette.routing import Route
 from cli import UserError
 from digit_image import read_digit
 from explain import attention_weights, patch_map, rollout
-from inference import predict
+from predict import predict
 from vit_model import ViT, count_parameters
 
 PAGE = Path(__file__).with_name("demo_page")

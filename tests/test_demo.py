@@ -3,7 +3,6 @@
 import http.client
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -11,8 +10,10 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,30 +26,30 @@ import demo
 from checkpoint import PRETRAINED, load_checkpoint
 from digit_image import read_digit
 from explain import attention_weights, patch_map, rollout
-from inference import predict
+from predict import predict
 from utils import load_digits
 
 pytest.importorskip("starlette", reason="the page needs starlette and uvicorn")
 pytest.importorskip("uvicorn", reason="the page needs starlette and uvicorn")
 
 
-def start(folder: Path, *flags: object, env: dict[str, str] | None = None) -> SimpleNamespace:
-    """Start demo.py; `lines` are what it printed until it was ready or ended, `port` its port."""
+def start(folder: Path, *flags: object) -> SimpleNamespace:
+    """Start demo.py; `lines` are what it printed until it was ready, `port` is where."""
     process = subprocess.Popen(
         [sys.executable, ROOT / "src" / "demo.py", "--device", "cpu", *map(str, flags)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **(env or {})},
     )
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith("Ctrl-C"):
             break
-    ports = re.findall(r":(\d+)/", "".join(lines))
-    return SimpleNamespace(process=process, lines=lines, port=int(ports[0]) if ports else None)
+    port = re.search(r"http://127\.0\.0\.1:(\d+)/", "".join(lines))
+    assert port, (lines, process.communicate())
+    return SimpleNamespace(process=process, lines=lines, port=int(port[1]))
 
 
 def end(process: subprocess.Popen) -> SimpleNamespace:
@@ -179,7 +180,7 @@ def chunks(megabytes: int):
         (lambda: chunks(50), 413, "at most 10 MB"),  # its length is not told before
         (lambda: b"This is no picture.\n", 422, "give a PNG or JPEG"),
         (lambda: drawn(), 422, "blank"),
-        (lambda: png(Image.new("1", (20_000, 20_000))), 422, "too large"),
+        (lambda: png(Image.new("1", (9_000, 9_000))), 422, "too large"),
         (lambda: SEVEN[:200], 422, "damaged"),
         (lambda: b"", 400, "expected the bytes of an image"),
     ],
@@ -242,12 +243,19 @@ def test_wrong_usage_is_told_in_one_line(run, checkpoint, flags, words):
     assert_one_error_line(run(demo.main, "--checkpoint", checkpoint, *flags), *words)
 
 
-def test_without_the_extra_the_way_to_it_is_told(tmp_path, checkpoint):
-    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('gone', name='uvicorn')")
-    server = start(tmp_path, "--checkpoint", checkpoint, env={"PYTHONPATH": str(tmp_path)})
-    _, err = server.process.communicate(timeout=30)
-    result = SimpleNamespace(status=server.process.returncode, err=err)
-    assert_one_error_line(result, "uvicorn", "launch.py demo.py")
+def test_without_the_extra_the_way_to_it_is_told(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "demo_app", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+    assert_one_error_line(run(demo.main), "uvicorn", "launch.py demo.py")
+
+
+def test_launch_installs_what_the_page_needs():
+    spec = spec_from_file_location("launch", ROOT / "launch.py")
+    launch = module_from_spec(spec)
+    spec.loader.exec_module(launch)
+    wanted = launch.read_requirements(launch.EXTRAS["demo.py"])
+    assert {re.match(r"\w+", requirement)[0] for requirement in wanted} >= {"starlette", "uvicorn"}
+    assert "demo.py" in launch.find_scripts() and "demo_app.py" not in launch.find_scripts()
 
 
 # ----------------------------------------------------------------------------- the page in Chromium
@@ -348,8 +356,21 @@ def test_a_one_and_a_seven_are_drawn_and_read(page, kind):
         assert text(page, "#bars .winner").split()[0] == digit
         assert f"looks like {digit}" in find(page, "#status").get_attribute("textContent")
         find(page, "#clear").click()
-    assert min(durations(page)) < 150
     assert "Draw a digit first" in text(page, "#words")
+
+
+def test_the_answer_stands_there_150_ms_after_a_stroke(page):
+    def measure() -> float:
+        page.execute_script("performance.clearMeasures()")
+        for _ in range(5):
+            draw(page, ONE, points((20, 50), (80, 50)))
+            find(page, "#clear").click()
+        return median(durations(page))
+
+    medians = [measure()]
+    while medians[-1] >= 150 and len(medians) < 3:  # the machine may be busy with something else
+        medians.append(measure())
+    assert medians[-1] < 150, medians
 
 
 def test_what_is_shown_is_what_the_server_says(page, server):

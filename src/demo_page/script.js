@@ -58,15 +58,20 @@ function redraw() {
   element("undo").disabled = element("clear").disabled = empty;
 }
 
-/** The drawing as a picture file, dark on light whatever the colours of the page. */
+/**
+ * The drawing as a picture file, dark on light whatever the colours of the page: a PGM file, since
+ * toBlob writes a PNG file when the browser is idle, and that may be a second later.
+ */
 function drawnPicture() {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = SENT_SIDE;
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white";
   context.fillRect(0, 0, SENT_SIDE, SENT_SIDE);
   paint(context, SENT_SIDE, "black");
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  const { data } = context.getImageData(0, 0, SENT_SIDE, SENT_SIDE); // red, green, blue, alpha, ...
+  const grey = Uint8Array.from({ length: SENT_SIDE ** 2 }, (_, i) => data[4 * i]);
+  return new Blob([`P5 ${SENT_SIDE} ${SENT_SIDE} 255\n`, grey]);
 }
 
 function clear() {
@@ -90,14 +95,14 @@ function undo() {
 
 // ---- asking -------------------------------------------------------------------------------------
 
-async function askAboutDrawing(since, final = true) {
-  const number = ++asked;
+function askAboutDrawing(since, final = true) {
   askedAt = performance.now();
-  await ask(number, await drawnPicture(), since, final);
+  return ask(drawnPicture(), since, final);
 }
 
 /** Send a picture; show the answer unless a later one stands there already. */
-async function ask(number, body, since, final) {
+async function ask(body, since, final = true) {
+  const number = ++asked;
   open++;
   let answer;
   try {
@@ -150,7 +155,7 @@ function showAnswer({ probabilities, received, attention }, final, since) {
   element("status").textContent = `This looks like ${best.name}, with ${best.share}.`;
   requestAnimationFrame(() => setTimeout(() => { // once it is painted
     const { duration } = performance.measure("answer", { start: since });
-    element("more").textContent += ` · after ${Math.round(duration)} ms`;
+    element("more").textContent += ` · answered in ${Math.round(duration)} ms`;
   }));
 }
 
@@ -295,7 +300,7 @@ async function readFile(file) {
   if (sheet !== mine) return;
   [picture, finished] = [decoded, true];
   redraw();
-  await ask(++asked, file, since, true);
+  await ask(file, since);
 }
 
 element("upload").addEventListener("click", () => element("file").click());
