@@ -391,6 +391,11 @@ def test_what_is_shown_is_what_the_server_says(page, server):
     assert len(shares) == 10 and sum(shares) == pytest.approx(100, abs=0.6)
 
 
+def test_a_stroke_beyond_the_edges_is_ink_and_no_printed_line(page):
+    draw(page, points((50, 1), (46, 105)))
+    assert text(page, "#digit") == "1"
+
+
 def test_undo_takes_back_the_last_stroke(page):
     draw(page, ONE, points((20, 50), (80, 50)))
     crossed = text(page, "#words")

@@ -2,7 +2,8 @@
 
 const MAX_MB = 10; // of an uploaded file, as in demo_app.py
 const BRUSH = 0.085; // the stroke's width, of the drawing's side
-const SENT_SIDE = 280; // pixels of the drawing as the server gets it, on every screen
+const SENT_SIDE = 300; // pixels of the drawing as the server gets it, on every screen
+const MARGIN = 10; // of them on each side stay white, so that what is drawn up to the edge is no printed line
 const LIVE_MS = 100; // from one question to the next while a stroke goes on
 const EXAMPLE_MS = 450; // to draw an example's stroke
 // Matplotlib's cividis at equal steps: even steps to the eye, with any colour vision.
@@ -68,7 +69,11 @@ function drawnPicture() {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white";
   context.fillRect(0, 0, SENT_SIDE, SENT_SIDE);
-  paint(context, SENT_SIDE, "black");
+  const side = SENT_SIDE - 2 * MARGIN;
+  context.translate(MARGIN, MARGIN);
+  context.rect(0, 0, side, side);
+  context.clip();
+  paint(context, side, "black");
   const { data } = context.getImageData(0, 0, SENT_SIDE, SENT_SIDE); // red, green, blue, alpha, ...
   const grey = Uint8Array.from({ length: SENT_SIDE ** 2 }, (_, i) => data[4 * i]);
   return new Blob([`P5 ${SENT_SIDE} ${SENT_SIDE} 255\n`, grey]);
