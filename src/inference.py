@@ -18,7 +18,7 @@ from tqdm import tqdm
 import cli
 import explain
 import figures
-from checkpoint import load_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint
 from cli import UserError
 from export import export_onnx
 from files import check_writable, write_json
@@ -281,7 +281,11 @@ def parse_args() -> argparse.Namespace:
         choices=list(MODES),
         help="; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()),
     )
-    parser.add_argument("--checkpoint", default="./checkpoints/best_model.pt", help="trained model")
+    parser.add_argument(
+        "--checkpoint",
+        help="trained model; None: ./checkpoints/best_model.pt if it is there, else the pretrained "
+        "one of this repository",
+    )
     parser.add_argument(
         "--image",
         nargs="+",
@@ -331,6 +335,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = cli.choose_device(args.device)
+    args.checkpoint = str(find_checkpoint(args.checkpoint))
     model, checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["model_config"]
     if args.mode != "onnx" and (config["img_size"], config["in_chans"]) != (28, 1):
