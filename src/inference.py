@@ -13,7 +13,7 @@ from torch import nn
 
 import cli
 import figures
-from checkpoint import load_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint
 from cli import UserError
 from digit_image import read_digit
 from export import export_onnx
@@ -145,7 +145,11 @@ def parse_args() -> argparse.Namespace:
         choices=list(MODES),
         help="; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()),
     )
-    parser.add_argument("--checkpoint", default="./checkpoints/best_model.pt", help="trained model")
+    parser.add_argument(
+        "--checkpoint",
+        help="trained model; None: ./checkpoints/best_model.pt if it is there, else the pretrained "
+        "one of this repository",
+    )
     parser.add_argument(
         "--image", nargs="+", action="extend", metavar="FILE", help="for predict: image files"
     )
@@ -170,6 +174,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = cli.choose_device(args.device)
+    args.checkpoint = str(find_checkpoint(args.checkpoint))
     model, checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["model_config"]
     if args.mode != "onnx" and (config["img_size"], config["in_chans"]) != (28, 1):
