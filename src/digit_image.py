@@ -1,90 +1,253 @@
-"""Brings a picture of a digit, whatever its size and colours, to the form of MNIST's images.
+"""Brings a picture of a digit, a drawing or a photo of paper, to the form of MNIST's images.
 
 MNIST's digits are light on black, scaled to fit a box of 20x20 with their proportions kept, and
 placed in 28x28 with their centre of mass in the middle (LeCun et al., 1998, section III.A), which
 is pixel (14, 14) counted from 0: so placed, MNIST's own images come out as they are.
+
+On the way a picture is an array: colour (H, W, 3) or grey (H, W, 1) in [0, 1] as it was read, then
+how much darker than its paper each pixel is, "ink" (H, W), from 0 on.
 """
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+from scipy import ndimage
 
 from cli import UserError
+from printed_lines import without_lines
 
 # What pictures come in. Pillow knows more: for EPS it would run the file as a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
-MAX_SIDE = 10_000  # pixels; a larger picture would take gigabytes to decode
-WORKING_SIDE = 2_000  # pixels; larger pictures are shrunk before they are looked at
-MIN_CONTRAST = 0.1  # of black to white; below that, what stands out is noise
-BACKGROUND = 0.2  # of the ink's strength; fainter pixels don't widen the digit's box
+MAX_SIDE = 10_000  # pixels
+MAX_PIXELS = 50_000_000  # to decode; more would take gigabytes
+WORKING_SIDE = 800  # pixels; larger pictures are shrunk before they are looked at
+MIN_CONTRAST = 0.05  # of black to white; below that, what stands out is noise
+MIN_CONTRAST_IN_PHOTO = 0.2  # of the paper's brightness
+FAINT = 0.2  # of the ink's strength; fainter pixels don't belong to the strokes of a drawing
+FAINT_IN_PHOTO = 0.4  # the same, where shadows and grain are left
+LEAST_GRAIN = 0.004  # standard deviation of a photo's paper; a drawing's is 0
+EVEN = 0.05  # a border whose pixels differ by less than this is a drawing's, or a scan's
+THINNEST_STROKE = 0.08  # of the digit's longer side
+WIDEST_STROKE = 0.3  # of the picture's longer side; what is wider and dark is a shadow
 
 
-def read_digit(path: str | Path) -> np.ndarray:
-    """Read an image file and bring its digit to MNIST's form: uint8 (28, 28), light on black.
+def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.ndarray:
+    """Read a picture and bring its digit to MNIST's form: uint8 (28, 28), light on black.
+
+    The digit may be dark on light or light on dark, in colour, on paper with shadows, grain and
+    printed lines.
+
+    Args:
+        source: a path, or a file open in binary mode.
+        name: of the picture in messages; None is its path, or the file's own name.
 
     Raises:
-        UserError: there is no such file, Pillow can't read it, it is too large or shows nothing.
+        UserError: there is no such file, Pillow can't read it, it is too large, shows nothing or
+            several digits.
     """
-    path = Path(path)
-    ink = _ink(_read_grey(path))
-    if ink.max() < MIN_CONTRAST:
-        raise UserError(f"image {path} is blank: expected one digit, dark on light or the reverse")
-    ink /= ink.max()
-    rows, columns = (np.flatnonzero((ink > BACKGROUND).any(axis=axis)) for axis in (1, 0))
-    return _centre(_fit(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]))
+    if name is None:
+        is_path = isinstance(source, str | Path)
+        name = str(source) if is_path else str(getattr(source, "name", "given"))
+    picture = _read_picture(source, name)
+    ink = without_lines(_ink(picture))
+    return _centre(_fit(_thicken(_strokes(ink, name))))
 
 
-def _read_grey(path: Path) -> np.ndarray:
-    """The picture's brightness in [0, 1], as it is seen: turned upright, laid on paper."""
+# ------------------------------------------------------------------------------------ the picture
+
+
+def _read_picture(source: str | Path | BinaryIO, name: str) -> np.ndarray:
+    """The picture as it is seen: turned upright, laid on paper; not larger than WORKING_SIDE."""
     try:
         with warnings.catch_warnings():
             # The size is looked at here, and a warning of Pillow's is one more line for the user.
             warnings.simplefilter("ignore")
-            image = Image.open(path, formats=FORMATS)
-            if max(image.size) > MAX_SIDE:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+            image = Image.open(source, formats=FORMATS)
+            given = f"{image.width}x{image.height} pixels"
+            too_long = max(image.size) > MAX_SIDE
+            image.draft(None, (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at that size
+            if too_long or image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(given)
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel
-            grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-            white = next((top for top in (1, 255, 65535) if grey.max() <= top), grey.max())
-            return np.clip(grey / white, 0, 1)
-        transparent = image.has_transparency_data
-        image = image.convert("LA" if transparent else "L")
-        if max(image.size) > WORKING_SIDE:
-            image = image.reduce(-(-max(image.size) // WORKING_SIDE))
-        pixels = np.asarray(image, dtype=np.float32) / 255
-        if not transparent:
-            return pixels
-        grey, alpha = pixels[..., 0], pixels[..., 1]
-        # A drawing on nothing is laid on the paper that it can be seen on.
-        paper = float(np.average(grey, weights=alpha + 1e-9) < 0.5)
-        return grey * alpha + paper * (1 - alpha)
+            image = Image.fromarray(_from_deep(image))
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+        else:
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        pixels = np.asarray(image.reduce(_factor(image.size, WORKING_SIDE)), dtype=np.float32)
+        return _laid_on_paper(np.atleast_3d(pixels) / (1 if image.mode == "F" else 255))
     except FileNotFoundError:
-        raise UserError(f"image {path} not found: name an existing image file") from None
+        raise UserError(f"image {name} not found: name an existing image file") from None
     except Image.DecompressionBombError as error:
         raise UserError(
-            f"image {path} is too large ({error}): expected at most {MAX_SIDE} pixels a side, "
-            "scale it down"
+            f"image {name} is too large ({error}): expected at most {MAX_SIDE} pixels a "
+            f"side and {MAX_PIXELS} in all, scale it down"
         ) from None
     except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"image {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"image {name} cannot be read: {error.strerror}") from None
     except MemoryError:
         raise
     except Exception:  # Pillow's decoders raise whatever comes on damaged files
         raise UserError(
-            f"image {path} cannot be read: damaged, or none of {', '.join(FORMATS)}; "
+            f"image {name} cannot be read: damaged, or none of {', '.join(FORMATS)}; "
             "give a PNG or JPEG file"
         ) from None
 
 
-def _ink(grey: np.ndarray) -> np.ndarray:
-    """How much each pixel differs from the background, in the direction in which most do."""
-    border = np.concatenate((grey[0], grey[-1], grey[:, 0], grey[:, -1]))
-    background = np.median(border)
-    dark_on_light = background - grey.min() > grey.max() - background
-    return np.maximum(background - grey if dark_on_light else grey - background, 0.0)
+def _from_deep(image: Image.Image) -> np.ndarray:
+    """The brightness in [0, 1] of a picture of 16 or 32 bits a pixel, float32 (H, W)."""
+    grey = np.array(image, dtype=np.float32)
+    np.nan_to_num(grey, copy=False, posinf=0, neginf=0)
+    # Nothing says where white is: the least of the usual values that no pixel exceeds.
+    white = next((top for top in (1, 255, 4095, 65535) if grey.max() <= top), grey.max())
+    grey /= white
+    return np.clip(grey, 0, 1, out=grey)
+
+
+def _laid_on_paper(picture: np.ndarray) -> np.ndarray:
+    """Put a transparent picture (H, W, 4) on white, or on black if it is light; others are kept."""
+    if picture.shape[2] < 4:
+        return picture
+    colour, alpha = picture[..., :3], picture[..., 3:]
+    paper = float((colour * alpha).sum() <= 0.5 * 3 * alpha.sum())
+    return colour * alpha + paper * (1 - alpha)
+
+
+def _factor(size: tuple[int, ...], side: int) -> int:
+    """By how much to shrink so that the longer side is at most `side`."""
+    return -(-max(size) // side)
+
+
+def _shrink(picture: np.ndarray, side: int) -> np.ndarray:
+    """The picture (H, W, C) in means of blocks, so that its longer side is at most `side`."""
+    factor = _factor(picture.shape[:2], side)
+    channels = np.moveaxis(picture.astype(np.float32), 2, 0)
+    small = [Image.fromarray(np.ascontiguousarray(c)).reduce(factor) for c in channels]
+    return np.dstack([np.asarray(channel) for channel in small])
+
+
+# ------------------------------------------------------------------------ from paper to pure ink
+
+
+def _even_paper(picture: np.ndarray) -> np.ndarray | None:
+    """The colour (C,) of the paper if it is the same all along the border, else None."""
+    border = np.concatenate((picture[0], picture[-1], picture[:, 0], picture[:, -1]))
+    level = np.median(border, axis=0)
+    even = np.abs(border - level).max(axis=1) < EVEN
+    return level if even.mean() > 0.9 else None
+
+
+def _ink(picture: np.ndarray) -> np.ndarray:
+    """How much darker than its paper each pixel is, or how much lighter than its board, (H, W)."""
+    direction = _ink_direction(_shrink(picture, 200))
+    light_on_dark = direction.sum() > 0
+    if light_on_dark:
+        picture, direction = 1 - picture, -direction
+    # Each channel weighs as much as the ink stands out in it: red ink does in green and blue.
+    weights = np.maximum(-direction, 0) + 1e-12
+    grey = picture @ (weights / weights.sum()).astype(np.float32)
+    level = _even_paper(grey[..., None])
+    paper = _uneven_paper(grey) if level is None else level[0]
+    # Ink takes a share of the light that falls on its paper; what chalk gives back is added.
+    return (paper - grey) / (1 if light_on_dark else np.maximum(paper, 0.05))
+
+
+def _ink_direction(picture: np.ndarray) -> np.ndarray:
+    """The change of colour (C,) from paper to ink: negative is darker."""
+    paper = _even_paper(picture)
+    if paper is None:
+        paper = ndimage.gaussian_filter(picture, (*[max(picture.shape) / 6] * 2, 0))
+    contrast = picture - paper
+    # Cubes: a few strokes of strong ink outweigh the many pixels that differ a little.
+    return (contrast * np.square(contrast).sum(axis=2, keepdims=True)).mean(axis=(0, 1))
+
+
+def _uneven_paper(grey: np.ndarray) -> np.ndarray:
+    """The paper's brightness in each pixel, as if nothing were written on it, (H, W)."""
+    small = _shrink(grey[..., None], 100)[..., 0]
+    window = round(WIDEST_STROKE * max(small.shape))
+    # Closing fills whatever is dark and narrower than the window, and keeps the edges of shadows.
+    padded = np.pad(small, window, mode="reflect", reflect_type="odd")  # a slope goes on
+    closed = ndimage.gaussian_filter(ndimage.grey_closing(padded, size=(window, window)), 1.5)
+    closed = Image.fromarray(closed[window:-window, window:-window])
+    paper = np.asarray(closed.resize(grey.shape[::-1], Image.Resampling.BILINEAR))
+    return paper * np.median(grey / np.maximum(paper, 0.05))  # it took the grain's lightest spots
+
+
+# ------------------------------------------------------------------------------------- the digit
+
+
+def _strokes(ink: np.ndarray, name: str) -> np.ndarray:
+    """The ink of the digit alone, cut out with the strongest ink 1: no specks, nothing else."""
+    photo = _noise(ink) > LEAST_GRAIN
+    if photo:
+        ink = ndimage.gaussian_filter(ink, max(ink.shape) / 400)
+    strong = ink.max()
+    if strong < (max(MIN_CONTRAST_IN_PHOTO, 6 * _noise(ink)) if photo else MIN_CONTRAST):
+        raise UserError(f"image {name} is blank: expected one digit, dark on light or the reverse")
+    labels, _ = ndimage.label(
+        ink > (FAINT_IN_PHOTO if photo else FAINT) * strong, structure=np.ones((3, 3))
+    )
+    kept = np.isin(labels, _digit_parts(ink, labels, photo, name))
+    rows, columns = ndimage.find_objects(kept.astype(np.uint8))[0]
+    ink, kept = ink[rows, columns], kept[rows, columns]
+    strong = np.percentile(ink[kept], 75) if photo else ink[kept].max()
+    edge = max(1, round(max(ink.shape) / 20))  # a pixel of the result
+    ink = np.where(ndimage.binary_dilation(kept, iterations=edge), ink, 0)
+    return np.clip(ink / strong, 0, 1).astype(np.float32)
+
+
+def _noise(ink: np.ndarray) -> float:
+    """The standard deviation of bare paper, which is most of the picture: from the median."""
+    return 1.4826 * float(np.median(np.abs(ink)))
+
+
+def _digit_parts(ink: np.ndarray, labels: np.ndarray, photo: bool, name: str) -> np.ndarray:
+    """The labels of the connected parts that make up the digit: the largest, and what is near."""
+    numbers = np.arange(1, labels.max() + 1)
+    mass = ndimage.sum_labels(ink, labels, numbers)
+    strength = mass / ndimage.sum_labels(labels > 0, labels, numbers)
+    found = ndimage.find_objects(labels)
+    start = np.array([(rows.start, columns.start) for rows, columns in found])
+    stop = np.array([(rows.stop, columns.stop) for rows, columns in found])
+    length = (stop - start).max(axis=1)
+    large = length > max(ink.shape) / 20
+    # In a photo, what reaches its edge is the table, a shadow or a finger.
+    inner = (start > 0).all(axis=1) & (stop < ink.shape).all(axis=1) | (not photo)
+    main = np.where(inner & large if (inner & large).any() else True, mass, 0).argmax()
+    parts = numbers == numbers[main]
+    while True:  # a broken stroke's pieces join the box one after the other
+        top_left, bottom_right = start[parts].min(axis=0), stop[parts].max(axis=0)
+        size = (bottom_right - top_left).max()
+        gap = np.maximum(start - bottom_right, top_left - stop).max(axis=1)
+        near = inner & (gap < 0.2 * size) & (mass > 0.02 * mass[main])
+        if not (near & ~parts).any():
+            break
+        parts |= near
+    # As high and as dark as the digit, and far from it: one more.
+    others = inner & large & ~parts & (length > 0.6 * size) & (strength > 0.7 * strength[main])
+    if others.any():
+        raise UserError(
+            f"image {name} shows several digits or marks: expected one digit, cut it out"
+        )
+    return numbers[parts]
+
+
+def _thicken(ink: np.ndarray) -> np.ndarray:
+    """Widen the strokes of a fine pen to what is narrow in MNIST, 1.6 pixels of 20."""
+    pen = ink > 0.5
+    # In a bar the mean distance to its edge is a quarter of the width, and half a pixel more.
+    width = 4 * ndimage.distance_transform_edt(np.pad(pen, 1))[1:-1, 1:-1][pen].mean() - 2
+    missing = round((THINNEST_STROKE * max(ink.shape) - width) / 2)
+    if missing < 1:
+        return ink
+    ink, pen = np.pad(ink, missing), np.pad(pen, missing)
+    grown = np.clip(missing + 0.5 - ndimage.distance_transform_edt(~pen), 0, 1)
+    return np.maximum(ink, grown.astype(np.float32))
 
 
 def _fit(ink: np.ndarray) -> np.ndarray:

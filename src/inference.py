@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ import cli
 import figures
 from checkpoint import load_checkpoint
 from cli import UserError
-from digit_image import read_digit
 from export import export_onnx
 from files import check_writable, write_json
+from predict import FORMATS, answer, list_images, read_images, show
 from recipes import DATASET_SETTINGS
 from utils import BatchLoader, evaluate, load_dataset
 from vit_model import ViT
@@ -94,28 +95,16 @@ def onnx(task: Task) -> None:
 
 
 def read_digits(task: Task) -> None:
-    """Print and write what digit each image file shows."""
-    class_names = task.checkpoint["class_names"]
-    images = np.stack([read_digit(path) for path in task.args.image])
-    probabilities = predict(task.model, images, task.checkpoint["normalization"])
-    results = []
-    for path, row in zip(task.args.image, probabilities, strict=True):
-        digit = class_names[int(row.argmax())]
-        every = dict(zip(class_names, row.tolist(), strict=True))
-        results.append({"image": path, "prediction": digit, "probabilities": every})
-        shown = "  ".join(f"{name}: {100 * p:.1f} %" for name, p in every.items())
-        print(f"{path}: {digit}  ({shown})")
-    trained_on = {"checkpoint": task.args.checkpoint, "dataset": task.checkpoint["dataset"]}
-    write_json(task.args.output, {**trained_on, "images": results})
-
-
-@torch.no_grad()
-def predict(model: ViT, images: np.ndarray, normalization: dict[str, float]) -> np.ndarray:
-    """Class probabilities (n, num_classes) of images in MNIST's form, uint8 (n, 28, 28)."""
-    device = next(model.parameters()).device
-    pixels = torch.from_numpy(images).to(device).unsqueeze(1).float() / 255
-    logits = model((pixels - normalization["mean"]) / normalization["std"])
-    return logits.softmax(dim=1).cpu().numpy()
+    """Print and write what digit each picture shows; those that can't be read are named."""
+    names = list_images(task.args.image)
+    answers = answer(task.model, task.checkpoint, names, read_images(names))
+    about = {name: task.checkpoint[name] for name in ("dataset", "class_names")}
+    result = {"checkpoint": task.args.checkpoint, **about, "images": answers}
+    all_read = show(result, task.args.format)
+    if any("prediction" in row for row in answers):
+        write_json(task.args.output, result)
+    if not all_read:
+        sys.exit(2)
 
 
 class Mode(NamedTuple):
@@ -147,7 +136,17 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", default="./checkpoints/best_model.pt", help="trained model")
     parser.add_argument(
-        "--image", nargs="+", action="extend", metavar="FILE", help="for predict: image files"
+        "--image",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="for predict: image files, folders (the images right in them), - for stdin",
+    )
+    parser.add_argument(
+        "--format",
+        default="text",
+        choices=list(FORMATS),
+        help="of predict on stdout; with json and csv nothing else is printed there",
     )
     files = ", ".join(f"{name}: {mode.output}" for name, mode in MODES.items())
     parser.add_argument(
@@ -161,6 +160,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.mode == "predict") != (args.image is not None):
         raise UserError("--mode predict and --image FILE go together: give both or neither")
+    if args.mode != "predict" and args.format != "text":
+        raise UserError(f"--format {args.format} is for --mode predict")
     args.output = Path(getattr(args, "output", MODES[args.mode].output))
     if args.mode == "visualize":
         figures.check_format(args.output)
@@ -179,9 +180,12 @@ def main() -> None:
         )
     check_writable(args.output)
     trained = f"{checkpoint['dataset']}, epoch {checkpoint['epoch']}"
-    print(f"checkpoint: {args.checkpoint} ({trained}, validation {checkpoint['best_acc']:.2f} %)")
+    validation = f"validation {checkpoint['best_acc']:.2f} %"
+    if args.format == "text":  # JSON and CSV stand on stdout alone
+        print(f"checkpoint: {args.checkpoint} ({trained}, {validation})")
     MODES[args.mode].run(Task(args, model.to(device), checkpoint, device))
-    print(f"Written: {args.output}")
+    if args.format == "text":
+        print(f"Written: {args.output}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
+from PIL import Image
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -51,6 +52,23 @@ def test_a_benchmark_prints_its_table(script):
     assert set(line) == {"|", "-"} and line.count("|") == cells
     table = [row for row in rows if row.startswith("|")]
     assert table and all(row.count("|") == cells for row in table)
+
+
+@needs_mnist
+def test_photos_of_paper_are_counted_by_kind_and_kept_on_demand(run, trained, tmp_path):
+    main = runpy.run_path(str(BENCHMARKS / "paper.py"))["main"]
+    flags = ["--checkpoint", trained / "checkpoints" / "best_model.pt", "--data_dir", MNIST]
+    flags += ["--images", 2, "--kinds", "ruled", "16 bits", "--save", "photos", "--split", "val"]
+    result = run(main, *flags)
+    assert result.status == 0
+    rows = [line.split(" | ")[0] for line in result.out.splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["| ruled", "| 16 bits", "| **over all**", "| the digits themselves"]
+    photos = [p for p in (tmp_path / "photos").iterdir() if not p.stem.endswith("-read")]
+    assert sorted(p.suffix for p in photos) == [".jpg", ".jpg", ".png", ".png"]
+    assert all(min(Image.open(p).size) >= 300 for p in photos)
+    first = {p.name: p.read_bytes() for p in photos}
+    assert run(main, *flags).out == result.out
+    assert {p.name: p.read_bytes() for p in photos} == first
 
 
 def test_a_record_is_appended_to_what_is_there(tmp_path, monkeypatch, capsys):
