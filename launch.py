@@ -2,6 +2,7 @@
 
     python3 launch.py train.py --epochs 5      # src/train.py, with exactly these flags
     python3 launch.py test -k model            # the tests
+    python3 launch.py --nproc 2 train.py       # as two processes that share every batch
     python3 launch.py                          # what can be run
 
 The interpreter is the first of these that really imports PyTorch and torchvision and has the other
@@ -23,6 +24,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,7 +38,8 @@ MIN_PYTHON = (3, 11)
 EXTRAS = {"test": "dev"}  # what needs an extra of pyproject.toml besides the dependencies
 PINNED = ("torch", "torchvision", "numpy")  # not replaced when smaller packages are added
 OFFLINE = r"connection|connect error|name resolution|timed? ?out|unreachable|from versions: none"
-USAGE = "usage: python3 launch.py [--python PATH] SCRIPT [flags of the script]"
+USAGE = "usage: python3 launch.py [--python PATH] [--nproc N] SCRIPT [flags of the script]"
+PATIENCE = 5  # seconds that processes get to end by themselves once one has failed
 
 
 class LaunchError(Exception):
@@ -318,8 +321,56 @@ def become(*command: object) -> None:
     sys.exit(subprocess.call(arguments))
 
 
+def run_together(count: int, *command: object) -> int:
+    """Run `command` as processes that train together, and return the status of the first to fail.
+
+    Each learns its place from the variables that torchrun sets, too. When one fails, the others are
+    ended; a signal goes to all. For several machines there is torchrun itself.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
+    # Together they should use every core once.
+    shared["OMP_NUM_THREADS"] = os.environ.get(
+        "OMP_NUM_THREADS", (os.cpu_count() or 1) // count or 1
+    )
+    processes = []
+    for rank in range(count):
+        place = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        processes.append(subprocess.Popen([str(part) for part in command], env=environment))
+
+    def hand_on(number: int, _: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, hand_on)
+    failed, deadline = [], None
+    while None in [process.poll() for process in processes]:
+        time.sleep(0.05)
+        failed = failed or [rank for rank in range(count) if processes[rank].returncode]
+        if failed and deadline is None:
+            deadline = time.monotonic() + PATIENCE
+        if deadline and time.monotonic() > deadline:
+            hand_on(signal.SIGKILL, None)
+    failed = failed or [rank for rank in range(count) if processes[rank].returncode]
+    if not failed:
+        return 0
+    rank = min(failed, key=lambda rank: processes[rank].returncode)  # the signals, if any
+    status = processes[rank].returncode
+    if status < 0:
+        raise LaunchError(
+            f"process {rank} of {count} was ended by {signal.Signals(-status).name}, and so the "
+            "others have been; what was saved is whole, go on from it with --resume"
+        )
+    return status
+
+
 def main(argv: list[str]) -> None:
     flags, scripts = list(argv), find_scripts()
+    count = 1
     origin, given = "$VIT_MNIST_PYTHON", os.environ.get("VIT_MNIST_PYTHON") or None
     while flags and flags[0].startswith("-"):
         option, equals, value = flags.pop(0).partition("=")
@@ -327,6 +378,11 @@ def main(argv: list[str]) -> None:
             flags = []
         elif option == "--python" and (equals or flags):
             origin, given = option, value if equals else flags.pop(0)
+        elif option == "--nproc" and (equals or flags):
+            value = value if equals else flags.pop(0)
+            if not re.fullmatch("[1-9][0-9]{0,3}", value):
+                raise LaunchError(f"--nproc {value}: expected a number of processes, from 1")
+            count = int(value)
         else:
             raise LaunchError(f"{option} is no option here, or lacks its value; {USAGE}")
     if not flags:
@@ -364,6 +420,10 @@ def main(argv: list[str]) -> None:
     if script == "test":
         os.chdir(ROOT)
         become(report["path"], "-m", "pytest", *flags)
+    if count > 1:
+        if script != "train.py":
+            raise LaunchError(f"--nproc {count}: only train.py runs as several processes")
+        sys.exit(run_together(count, report["path"], ROOT / "src" / script, *flags))
     become(report["path"], ROOT / "src" / script, *flags)
 
 

@@ -23,7 +23,7 @@ import optim
 import utils
 from recipes import DEFAULTS
 from speed import compile_network, keep_memory
-from train import train_one_epoch
+from train import Totals, train_steps
 from vit_model import TransformerBlock, ViT
 
 ADAMW = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
@@ -161,10 +161,14 @@ def main() -> None:
         averaged = optim.WeightAverage(model)
         sample = torch.zeros(args.batch_size, 1, 28, 28, device=device)
         network = compile_network(model, args.compile, sample, precision)
-        options = {"grad_clip": DEFAULTS["grad_clip"], "precision": precision, "description": ""}
+        parts = network, loader, criterion, optimizer, schedule, averaged
 
         def turn() -> None:
-            train_one_epoch(network, loader, criterion, optimizer, schedule, averaged, **options)
+            totals = Totals.of_nothing(optimizer, device)
+            for _ in train_steps(
+                *parts, totals, grad_clip=DEFAULTS["grad_clip"], precision=precision
+            ):
+                pass
 
         return lambda: report.seconds(turn, device)
 

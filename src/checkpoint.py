@@ -2,9 +2,11 @@
 
 A checkpoint is a dict. Four keys are the published ones: `epoch`, `model_state_dict`,
 `optimizer_state_dict` and `best_acc` (percent). Ours add `model_config`, `normalization`,
-`dataset`, `class_names`, `settings` and `versions`, all that it takes to use the model.
+`dataset`, `class_names`, `settings` and `versions`, all that it takes to use the model. The file is
+torch.save's, a zip archive, with the SHA-256 of all before it as the archive's comment.
 """
 
+import hashlib
 import io
 import math
 import platform
@@ -29,6 +31,7 @@ PUBLISHED = {
     "class_names": list(DIGITS),
     "settings": {"label_smoothing": 0.1},
 }
+CHECKSUM = b"sha256:"  # before 64 hexadecimal digits
 PUBLISHED_NUM_HEADS = 4  # the one size that can't be read off a tensor
 
 
@@ -41,12 +44,23 @@ def versions() -> dict[str, str]:
     }
 
 
-def save_checkpoint(path: str | Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all. Raises UserError if it can't be written."""
-    content = io.BytesIO()  # PyTorch's own error on a full disk hides the reason
-    torch.save(checkpoint, content)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+def save_checkpoint(
+    path: str | Path, checkpoint: dict[str, Any], keep: str | Path | None = None
+) -> None:
+    """Write a checkpoint, whole or not at all; what stood at `path` becomes `keep` if given.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    buffer = io.BytesIO()  # PyTorch's own error on a full disk hides the reason
+    torch.save(checkpoint, buffer)
+    # An archive ends with its comment and, in two bytes before that, the comment's length.
+    buffer.seek(-2, io.SEEK_END)
+    digest = hashlib.sha256(buffer.getbuffer()[: buffer.tell()]).hexdigest()
+    comment = CHECKSUM + digest.encode()
+    buffer.write(len(comment).to_bytes(2, "little") + comment)
+    with replacing(path, keep) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
@@ -58,7 +72,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
     Raises:
         UserError: there is no such file, it is damaged or no checkpoint, or holds another model.
     """
-    checkpoint = {**PUBLISHED, **_read(Path(path))}
+    checkpoint = {**PUBLISHED, **read_checkpoint(Path(path))}
     state = checkpoint["model_state_dict"]
     advice = "name one that src/train.py wrote"
     try:
@@ -108,11 +122,21 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
     return model.eval(), checkpoint
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, as it is.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
     advice = "name one that src/train.py wrote"
     try:
-        if path.stat().st_size == 0:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path} is no checkpoint: it is a device or a pipe; {advice}")
+        content = path.read_bytes()
+        if not content:
             raise UserError(f"{path} is no checkpoint: it is empty; {advice}")
+        if not _matches_checksum(content):
+            raise UserError(f"{path} is damaged: its bytes don't match its checksum; {advice}")
         checkpoint = read_archive(path)
     except OSError as error:
         hint = "train first, or name one with --checkpoint"
@@ -129,6 +153,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         raise UserError(f"{path} is no checkpoint: it has no model_state_dict; {advice}")
     return checkpoint
+
+
+def _matches_checksum(content: bytes) -> bool:
+    """Whether the checksum is right; also if there is none, as in files of other origin."""
+    prefix, digest = content[-64 - len(CHECKSUM) : -64], content[-64:]
+    if prefix != CHECKSUM:
+        return True
+    covered = memoryview(content)[: -2 - len(prefix) - len(digest)]
+    return hashlib.sha256(covered).hexdigest().encode() == digest
 
 
 def _sizes(state: dict[str, Tensor]) -> dict[str, int | float | str]:

@@ -1,11 +1,15 @@
-"""What the command lines share: flags, checked values, one-line errors and exit statuses."""
+"""What the command lines share: flags, checked values, one-line errors, signals, exit statuses."""
 
 import argparse
 import difflib
 import math
+import os
 import platform
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +20,59 @@ MAX_MESSAGE = 3000  # characters
 
 class UserError(Exception):
     """Wrong usage or input, in one line: what was given, what was expected, what to do."""
+
+
+class PeerLostError(Exception):
+    """Another process of the run is gone, and with it this one's work."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the work in good order: what was kept, and how to go on.
+
+    Args:
+        signal_number: of the signal; the exit status is 128 more, as shells have it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal_number
+
+
+class StopSignals:
+    """While the block lasts, SIGINT and SIGTERM are a wish to stop, and a second SIGINT is Ctrl-C.
+
+    Attributes:
+        received: the signal's number; 0 if there was none.
+
+    Args:
+        repeats_within: seconds in which another SIGINT is the same one: launchers hand on what the
+            terminal has sent to all.
+    """
+
+    def __init__(self, repeats_within: float = 0.0) -> None:
+        self.received = 0
+        self._repeats_within = repeats_within
+        self._time = -math.inf
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # One that is ignored was meant to be, by nohup or a shell's &.
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.received:
+            if time.monotonic() - self._time >= self._repeats_within:
+                raise KeyboardInterrupt
+        elif not self.received:
+            self.received, self._time = number, time.monotonic()
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,27 +211,38 @@ def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> No
     print(f"Test Loss: {loss:.4f}\nTest Acc: {top1:.2f} %\nTest Top-5: {top5:.2f} %  ({dataset})")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, status: int = 2) -> None:
     message = " ".join(message.split())
     if len(message) > MAX_MESSAGE:  # it quotes what was given
         message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    # Processes that train together stumble over the same thing: one of each machine says it.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main` and end the process: 0, 2 after a `UserError`, 130 after Ctrl-C."""
+    """Run a script's `main` and end the process: 0, 2 after a `UserError`, 130 after Ctrl-C, 1
+    where the machine failed."""
     try:
         main()
     except UserError as error:
         _fail(str(error))
+    except PeerLostError as error:
+        _fail(str(error), 1)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        sys.exit(stop.status)
     except (MemoryError, RuntimeError) as error:
         # The CPU's allocator has no exception type of its own.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-            "DefaultCPUAllocator" not in str(error)
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+            "DefaultCPUAllocator" in str(error)
         ):
+            _fail("out of memory; give a smaller --batch_size or network")
+        if not isinstance(error, torch.AcceleratorError):
             raise
-        _fail("out of memory; give a smaller --batch_size or network")
+        _fail(f"the GPU failed ({error}); what was saved is whole, go on from it with --resume", 1)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)

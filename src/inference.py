@@ -5,19 +5,24 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import cli
+import explain
 import figures
 from checkpoint import load_checkpoint
 from cli import UserError
 from export import export_onnx
 from files import check_writable, write_json
+from model_report import write_report
 from predict import FORMATS, answer, list_images, read_images, show
 from recipes import DATASET_SETTINGS
 from utils import BatchLoader, evaluate, load_dataset
@@ -42,29 +47,166 @@ class Task:
         split = load_dataset(name, self.args.data_dir).test.to(self.device)
         return BatchLoader(split, 500, **self.checkpoint["normalization"])
 
+    @cached_property
+    def test(self) -> BatchLoader:
+        """`test_loader`, loaded once for all pictures."""
+        return self.test_loader()
 
-# ------------------------------------------------------------------------------------- the modes
+    @cached_property
+    def outputs(self) -> explain.Outputs:
+        """What the model makes of the whole test set, run once for all pictures."""
+        return explain.outputs(self.model, self.test)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes as pictures can show them."""
+        return [figures.label(name) for name in self.checkpoint["class_names"]]
+
+
+# ------------------------------------------------------------------------- the modes that draw
 
 
 @torch.no_grad()
-def visualize(task: Task) -> None:
-    """Draw 16 random test images under what the model takes them for."""
-    loader, class_names = task.test_loader(), task.checkpoint["class_names"]
-    generator = np.random.default_rng(task.args.seed)
-    chosen = torch.from_numpy(generator.permutation(len(loader.split))[:16])
-    part = loader.split[chosen.to(loader.split.labels.device)]
-    images, labels = next(iter(BatchLoader(part, 16, loader.mean, loader.std)))
-    guesses = task.model(images).argmax(dim=1)
+def draw_predictions(task: Task) -> Figure:
+    """16 random test images under what the model takes them for."""
+    pixels, images, labels = _images(task, _random(task, 16))
+    probabilities, guesses = task.model(images).softmax(dim=1).max(dim=1)
     right = int((guesses == labels).sum())
-    title = f"{right} of {len(part)} test images right ({task.checkpoint['dataset']})"
-    figure = figures.predictions(
-        part.images[:, 0].cpu().numpy(),
-        [class_names[i] for i in labels.tolist()],
-        [class_names[i] for i in guesses.tolist()],
-        title,
+    return figures.predictions(
+        pixels,
+        [task.class_names[i] for i in labels.tolist()],
+        [task.class_names[i] for i in guesses.tolist()],
+        probabilities.tolist(),
+        f"{right} of {len(labels)} test images right ({task.checkpoint['dataset']})",
     )
+
+
+@torch.no_grad()
+def draw_attention(task: Task) -> Figure:
+    """What every layer and head looks at in chosen or random test images."""
+    chosen, count = task.args.index or _random(task, 3), len(task.test.split)
+    if max(chosen) >= count:
+        raise UserError(
+            f"--index {max(chosen)}: the {task.checkpoint['dataset']} test set has images 0 to "
+            f"{count - 1}"
+        )
+    pixels, images, labels = _images(task, chosen)
+    weights = explain.attention_weights(task.model, images)
+    probabilities, guesses = task.model(images).softmax(dim=1).max(dim=1)
+    names = task.class_names
+    titles = [
+        f"test image {i}\n{names[guess]}: {100 * p:.1f} % (true: {names[label]})"
+        for i, guess, p, label in zip(
+            chosen, guesses.tolist(), probabilities.tolist(), labels.tolist(), strict=True
+        )
+    ]
+    reader = "The CLS token's" if task.model.pool == "cls" else "All patches' mean"
+    return figures.attention(
+        pixels,
+        explain.patch_map(weights, task.model).cpu().numpy(),
+        explain.patch_map(explain.rollout(weights), task.model).cpu().numpy(),
+        titles,
+        f"{reader} attention to each patch ({task.checkpoint['dataset']})",
+    )
+
+
+def draw_embeddings(task: Task) -> Figure:
+    """Position embeddings, patch filters, and the head's input in 2-D."""
+    outputs, seed = task.outputs, task.args.seed or 0
+    # Enough to see the classes; t-SNE of all 10,000 takes a minute.
+    some = np.random.default_rng(seed).permutation(len(outputs.labels))[:MAPPED_IMAGES]
+    return figures.embeddings(
+        explain.position_similarity(task.model),
+        isinstance(task.model.pos_embed, nn.Parameter),
+        *explain.filter_components(task.model),
+        explain.project(outputs.features[some], seed),
+        outputs.labels[some],
+        task.class_names,
+        f"Embeddings of positions, patches and images ({task.checkpoint['dataset']})",
+    )
+
+
+def draw_confusion(task: Task) -> Figure:
+    """Confusion matrix, every class's scores, and the most confident mistakes."""
+    outputs, names = task.outputs, task.class_names
+    wrong = np.flatnonzero(~outputs.correct)
+    worst = wrong[np.argsort(-outputs.confidence[wrong], kind="stable")][:16]
+    mistakes = {
+        "images": task.test.split.images[worst, 0].cpu().numpy(),
+        "labels": [names[i] for i in outputs.labels[worst]],
+        "predicted": [names[i] for i in outputs.predicted[worst]],
+        "probabilities": outputs.confidence[worst],
+    }
+    right = f"{100 * outputs.correct.mean():.2f} % of {len(outputs.labels):,} test images right"
+    return figures.confusion(
+        explain.confusion_matrix(outputs.labels, outputs.predicted, len(names)),
+        names,
+        mistakes,
+        f"{right} ({task.checkpoint['dataset']})",
+    )
+
+
+def draw_calibration(task: Task) -> Figure:
+    """Reliability diagram with the expected calibration error."""
+    outputs = task.outputs
+    bins = explain.calibration(outputs.confidence, outputs.correct)
+    return figures.calibration(
+        bins,
+        f"Expected calibration error {100 * bins.expected_error:.2f} % "
+        f"({task.checkpoint['dataset']})\nmean confidence {100 * outputs.confidence.mean():.2f} %, "
+        f"accuracy {100 * outputs.correct.mean():.2f} %",
+    )
+
+
+def _random(task: Task, count: int) -> list[int]:
+    """Positions of random test images."""
+    return np.random.default_rng(task.args.seed).permutation(len(task.test.split))[:count].tolist()
+
+
+def _images(task: Task, chosen: list[int]) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Test images as pixels (n, 28, 28), as the model reads them (n, 1, 28, 28), and labels."""
+    test = task.test
+    part = test.split[torch.tensor(chosen, device=test.split.labels.device)]
+    images, labels = next(iter(BatchLoader(part, len(part), test.mean, test.std)))
+    return part.images[:, 0].cpu().numpy(), images, labels
+
+
+MAPPED_IMAGES = 2000
+MOST_IMAGES = 12  # a picture of more is too tall to read
+PICTURES = {
+    "visualize": draw_predictions,
+    "attention": draw_attention,
+    "embeddings": draw_embeddings,
+    "confusion": draw_confusion,
+    "calibration": draw_calibration,
+}
+
+
+def picture(task: Task) -> None:
+    """Draw what the mode names."""
+    figure = PICTURES[task.args.mode](task)
     figures.save(figure, task.args.output)
-    print(title)
+    print(figure.get_suptitle())
+
+
+def report(task: Task) -> None:
+    """Draw all pictures and write the report around them."""
+    bar = tqdm(PICTURES.items(), desc="pictures", leave=False, disable=None)
+    pictures = {name: figures.png(draw(task)) for name, draw in bar}
+    notes = write_report(
+        task.args.output,
+        checkpoint_path=task.args.checkpoint,
+        checkpoint=task.checkpoint,
+        model=task.model,
+        outputs=task.outputs,
+        pictures=pictures,
+    )
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"Written: {task.args.output.with_suffix('.md')}, and its pictures")
+
+
+# ----------------------------------------------------------------------------- the other modes
 
 
 def score(task: Task) -> None:
@@ -116,7 +258,12 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    "visualize": Mode("16 random test images", "./outputs/predictions.png", visualize),
+    "visualize": Mode("16 random test images", "./outputs/predictions.png", picture),
+    "attention": Mode("what it looks at", "./outputs/attention.png", picture),
+    "embeddings": Mode("places, patches, classes", "./outputs/embeddings.png", picture),
+    "confusion": Mode("right and wrong by class", "./outputs/confusion.png", picture),
+    "calibration": Mode("confidence, accuracy", "./outputs/calibration.png", picture),
+    "report": Mode("a page with all pictures", "./outputs/report.html", report),
     "evaluate": Mode("score on the test set", "./outputs/evaluation.json", score),
     "onnx": Mode("export", "./outputs/vit_mnist.onnx", onnx),
     "predict": Mode("your own images", "./outputs/predictions.json", read_digits),
@@ -153,7 +300,14 @@ def parse_args() -> argparse.Namespace:
         "--output", default=argparse.SUPPRESS, help=f"file that is written (default: {files})"
     )
     parser.add_argument(
-        "--seed", type=cli.integer(0), help="for visualize: draws the same images again"
+        "--seed", type=cli.integer(0), help="for pictures: draws the same images again"
+    )
+    parser.add_argument(
+        "--index",
+        nargs="+",
+        type=cli.integer(0),
+        metavar="N",
+        help="for attention and report: these test images, counted from 0, not random ones",
     )
     cli.add_data_dir(parser)
     cli.add_device(parser)
@@ -163,8 +317,14 @@ def parse_args() -> argparse.Namespace:
     if args.mode != "predict" and args.format != "text":
         raise UserError(f"--format {args.format} is for --mode predict")
     args.output = Path(getattr(args, "output", MODES[args.mode].output))
-    if args.mode == "visualize":
+    if args.mode in PICTURES:
         figures.check_format(args.output)
+    if args.mode == "report" and args.output.suffix.lower() != ".html":
+        raise UserError(f"--output {args.output}: a report's name ends in .html")
+    if args.index and args.mode not in ("attention", "report"):
+        raise UserError(f"--index chooses images for --mode attention or report, not {args.mode}")
+    if args.index and len(args.index) > MOST_IMAGES:
+        raise UserError(f"--index names {len(args.index)} images, expected at most {MOST_IMAGES}")
     return args
 
 

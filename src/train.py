@@ -2,10 +2,12 @@
 
 import argparse
 import math
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,15 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import cli
+import distributed
 import figures
 import optim
+import resume
 from augment import Augment
 from checkpoint import load_checkpoint, save_checkpoint, versions
-from cli import UserError
-from files import check_writable, uninterrupted, write_json, write_text
+from cli import Stopped, StopSignals, UserError
+from distributed import ALONE, World
+from files import check_writable, held, uninterrupted, write_json, write_text
 from recipes import DATASET_SETTINGS, DEFAULTS, RECIPES
 from speed import compile_network, keep_memory
 from utils import (
@@ -32,6 +37,7 @@ from utils import (
     load_dataset,
     make_loaders,
     reset_todo_md,
+    restore_todo_md,
     update_todo_md,
 )
 from vit_model import ViT, count_parameters
@@ -43,8 +49,11 @@ SHOWN_AS_CALLS = {"optimizer", "lr", "weight_decay", "scheduler", "scheduler_int
 SHOWN_AS_CALLS |= {"warmup_epochs", "swa_lr", "swa_anneal_epochs", "swa_anneal_strategy"}
 
 
-def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line, and what of the recipe it names: that wins over a data set's settings."""
+def parse_args(
+    flags: Sequence[str] | None = None,
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags, of the command line by default, and those that it names: they win over recipe and
+    data set."""
     parser = cli.Parser(description=__doc__)
 
     data = parser.add_argument_group("data")
@@ -117,18 +126,48 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
         help="of training's matrix products; auto: bf16 where the hardware has it",
     )
     machine.add_argument(
+        "--grad_accum_steps",
+        default=1,
+        type=cli.integer(1, 10**6),
+        metavar="N",
+        help="a batch passes the network in N parts, one after the other, in less memory; the step "
+        "is the same",
+    )
+    machine.add_argument(
         "--compile",
         default="auto",
         choices=["auto", "on", "off"],
         help="the network by torch.compile; auto: on CUDA",
     )
 
+    safety = parser.add_argument_group("going on")
+    safety.add_argument(
+        "--resume",
+        nargs="?",
+        const=Path(),
+        type=Path,
+        metavar="PATH",
+        help="go on with the run that left this last.pt, by default that in --save_dir, as if it "
+        "had never stopped; its settings come with it",
+    )
+    safety.add_argument(
+        "--save_every_steps",
+        type=cli.integer(1),
+        metavar="N",
+        help="write last.pt every N steps of an epoch too; None: at its end",
+    )
+    safety.add_argument(
+        "--on_nonfinite",
+        default="stop",
+        choices=["stop", "skip"],
+        help="where loss or gradient is infinite or not a number: stop, or skip the step",
+    )
+
     written = parser.add_argument_group("what is written")
     written.add_argument("--save_dir", default="./checkpoints", type=Path, help="model, history")
     written.add_argument("--output_dir", default="./outputs", type=Path, help="pictures")
     written.add_argument("--todo_path", default="./TODO.md", type=Path, help="progress table")
-    args, given = parser.parse_args(), parser.given()
-    return args, {name: value for name, value in given.items() if name in DEFAULTS}
+    return parser.parse_args(flags), parser.given(flags)
 
 
 def choose_dataset(name: str, data_dir: str) -> Dataset:
@@ -151,6 +190,7 @@ def settings_for(recipe: str, dataset: str, given: dict[str, Any]) -> dict[str, 
     Raises:
         UserError: the settings don't fit together.
     """
+    given = {name: value for name, value in given.items() if name in DEFAULTS}
     settings = {**DEFAULTS, **RECIPES[recipe], **DATASET_SETTINGS[dataset], **given}
     if 28 % settings["patch_size"] != 0:
         raise UserError(
@@ -172,89 +212,233 @@ def settings_for(recipe: str, dataset: str, given: dict[str, Any]) -> dict[str, 
     return settings
 
 
-def train_one_epoch(
+@dataclass
+class Totals:
+    """Sums over the steps of an epoch that are done; those over images are of this process's."""
+
+    sums: Tensor  # (2,): loss and hits, over images
+    grad_norm: Tensor
+    lrs: list[float]  # by parameter group
+    images: int = 0
+    steps: int = 0
+    skipped: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def of_nothing(cls, optimizer: Optimizer, device: torch.device) -> "Totals":
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        return cls(sums, torch.zeros_like(sums[0]), [0.0] * len(optimizer.param_groups))
+
+    def row(self, optimizer: Optimizer, world: World) -> dict[str, Any]:
+        """A part of history.json's row: means over all processes' images, `train_loss` and
+        `train_acc` (top-1 %), and over the steps, `grad_norm` (before clipping) and `lr` (by
+        parameter group)."""
+        loss, hits, images = self._of_all(world)
+        names = [group.get("name", "all parameters") for group in optimizer.param_groups]
+        used = self.steps - len(self.skipped)
+        return {
+            "train_loss": loss / images if images else math.nan,
+            "train_acc": 100.0 * hits / images if images else math.nan,
+            "grad_norm": self.grad_norm.item() / used if used else math.nan,
+            "lr": {name: lr / self.steps for name, lr in zip(names, self.lrs, strict=True)},
+            **({"skipped_steps": self.skipped} if self.skipped else {}),
+        }
+
+    def _of_all(self, world: World) -> list[float]:
+        images = self.sums.new_tensor([self.images])
+        return world.sum(torch.cat((self.sums, images))).tolist()
+
+    def state_dict(self, world: World) -> dict[str, Any]:
+        """Plain numbers, of all processes together."""
+        return {
+            "sums": self._of_all(world),
+            "grad_norm": self.grad_norm.item(),
+            "lrs": list(self.lrs),
+            "steps": self.steps,
+            "skipped": list(self.skipped),
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], world: World) -> None:
+        loss, hits, images = (float(value) * world.leads for value in state["sums"])
+        self.sums.copy_(torch.tensor([loss, hits], dtype=torch.float64))
+        self.images = int(images)
+        self.grad_norm.fill_(state["grad_norm"])
+        self.lrs = [float(lr) for _, lr in zip(self.lrs, state["lrs"], strict=True)]
+        self.steps, self.seconds = int(state["steps"]), float(state["seconds"])
+        self.skipped = [int(step) for step in state["skipped"]]
+
+
+class NotFiniteError(Exception):
+    """The loss or the gradient of a step, counted from 1, is infinite or not a number."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
+        super().__init__(f"loss {loss:g}, gradient norm {grad_norm:g}, learning rate {lr:g}")
+        self.step, self.loss, self.grad_norm, self.lr = step, loss, grad_norm, lr
+
+
+def train_steps(
     network: Callable[[Tensor], Tensor],
     loader: BatchLoader,
     criterion: nn.Module,
     optimizer: Optimizer,
     schedule: optim.Schedule,
     averaged: optim.WeightAverage,
+    totals: Totals,
     *,
     grad_clip: float,
     precision: str,
-    description: str,
-) -> dict[str, Any]:
-    """One pass over the training images.
+    grad_accum_steps: int = 1,
+    on_nonfinite: str = "stop",
+    world: World = ALONE,
+    description: str = "",
+) -> Iterator[NotFiniteError | None]:
+    """One pass over the training images, or what `totals` says is left of it; yields after each
+    step, when all is at rest and could be saved, None or why the step was skipped.
 
     Args:
-        network: the model, in training mode, or what `compile_network` made of it.
+        network: the model, in training mode, or what wraps it.
+        totals: added to.
 
-    Returns:
-        Means over the images, `train_loss` and `train_acc` (top-1 %), and over the steps,
-        `grad_norm` (before clipping) and `lr` (by parameter group): a part of history.json's row.
+    Raises:
+        NotFiniteError: a step's loss or gradient is not finite and they are not to be skipped. On a
+            CPU that step has changed nothing; a GPU is asked every 20 steps only.
     """
     device = loader.split.images.device
-    total_loss = torch.zeros((), device=device)
-    total_hits = torch.zeros((), device=device)
-    total_norm = torch.zeros((), device=device)
-    total_lrs = [0.0] * len(optimizer.param_groups)
+    asks_always = device.type == "cpu" or on_nonfinite == "skip"
+    first_bad = torch.zeros((), dtype=torch.int64, device=device)
+    without_sync = getattr(network, "no_sync", nullcontext)  # of gradients, between processes
 
-    def forward_backward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_backward(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The gradient of the mean loss over the whole batch, of which this process has a part."""
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = network(images)
-        loss = criterion(logits.float(), labels)
-        loss.backward()
-        return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+        loss = torch.zeros((), device=device)
+        hits = torch.zeros((), dtype=torch.int64, device=device)
+        parts = zip(
+            images.tensor_split(grad_accum_steps),
+            labels.tensor_split(grad_accum_steps),
+            strict=True,
+        )
+        for i, (x, y) in enumerate(parts, 1):
+            with without_sync() if i < grad_accum_steps else nullcontext():
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = network(x).float()
+                # Of an empty part, at the end of an epoch, the mean would be no number.
+                share = criterion(logits, y) * (len(y) / batch_size) if len(y) else logits.sum()
+                (share * world.size).backward()  # the mean over processes follows
+            loss += share.detach()
+            hits += (logits.detach().argmax(dim=1) == y).sum()
+        return loss, hits
 
-    bar = tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
-    for step, (images, labels) in enumerate(bar):
-        for i, group in enumerate(optimizer.param_groups):
-            total_lrs[i] += group["lr"]
-        loss, hits = forward_backward(images, labels)
-        if optim.needs_closure(optimizer):
-            # LBFGS makes passes of its own beside this one, on gradients as they are.
-            grad_norm = optim.clip_gradients(optimizer, 0.0)
-            optimizer.step(partial(lambda x, y: forward_backward(x, y)[0], images, labels))
+    bar = tqdm(
+        loader,
+        desc=description,
+        unit="batch",
+        leave=False,
+        initial=totals.steps,
+        total=len(loader),
+        disable=None if world.leads else True,
+    )
+    for images, labels in bar:
+        batch_size = loader.size_of(totals.steps)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        loss, hits = forward_backward(images, labels, batch_size)
+        closure = optim.needs_closure(optimizer)
+        # LBFGS makes passes of its own beside this one, on gradients as they are.
+        grad_norm = optim.clip_gradients(optimizer, 0.0 if closure else grad_clip)
+
+        finite = world.all(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        totals.steps += 1
+        bad = None
+        if asks_always and not finite:
+            whole_loss = world.sum(loss.clone()).item()
+            bad = NotFiniteError(totals.steps, whole_loss, grad_norm.item(), rates[0])
+            if on_nonfinite == "stop":
+                raise bad
+            totals.skipped.append(totals.steps)
         else:
-            grad_norm = optim.clip_gradients(optimizer, grad_clip)
-            optimizer.step()
-        schedule.step_batch()
-        averaged.step_batch()
+            if closure:
+                again = partial(forward_backward, images, labels, batch_size)
+                optimizer.step(lambda again=again: world.sum(again()[0]))
+            else:
+                optimizer.step()
+            averaged.step_batch()
+            # Summed on the device: Python waits for a GPU only where the bar wants a number.
+            totals.sums += torch.stack((loss.double() * batch_size, hits.double()))
+            totals.images += len(labels)
+            totals.grad_norm += grad_norm
+        schedule.step_batch()  # also after a skipped step: the run keeps its length
+        totals.lrs = [total + rate for total, rate in zip(totals.lrs, rates, strict=True)]
 
-        # Summed on the device: Python waits for a GPU only where the bar wants a number.
-        total_loss += loss * len(labels)
-        total_hits += hits
-        total_norm += grad_norm
-        if not bar.disable and step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-    names = [group.get("name", "all parameters") for group in optimizer.param_groups]
-    return {
-        "train_loss": total_loss.item() / len(loader.split),
-        "train_acc": 100.0 * total_hits.item() / len(loader.split),
-        "grad_norm": total_norm.item() / len(loader),
-        "lr": {name: lr / len(loader) for name, lr in zip(names, total_lrs, strict=True)},
-    }
+        if not asks_always:
+            first = (first_bad == 0) & ~finite
+            first_bad = torch.where(first, totals.steps, first_bad)
+            asks_now = totals.steps % 20 == 0 or totals.steps == len(loader)
+            if asks_now and (step := int(first_bad)):
+                raise NotFiniteError(step, math.nan, math.nan, rates[0])
+        if not bar.disable and totals.steps % 20 == 1:
+            bar.set_postfix(loss=f"{loss.item() * world.size:.4f}")
+        yield bad
 
 
 def main() -> None:
-    # ------------------------------------------------------------------------------- arguments
     args, given = parse_args()
-    device = cli.choose_device(args.device)
-    precision = cli.choose_precision(args.precision, device)
+    world = distributed.find_world()
+    device = distributed.device_of(world, cli.choose_device(args.device))
+    state = None
+    if args.resume is not None:
+        source = args.save_dir if args.resume == Path() else args.resume
+        if "save_dir" not in given:
+            args.save_dir = source if source.is_dir() else source.parent
+        if world.leads:  # the file needn't be on the others' machines
+            state, source = resume.load_last(source)
+    if world.leads:
+        for name in ("best_model.pt", "history.json", f"timing_{device.type}.txt"):
+            check_writable(args.save_dir / name)
+        check_writable(args.output_dir / "training_curves.png")
+        check_writable(args.todo_path)
     keep_memory()
-    best_path = args.save_dir / "best_model.pt"
-    history_path = args.save_dir / "history.json"
+    with (
+        held(args.save_dir) if world.leads else nullcontext(),
+        distributed.joined(world, device),
+    ):
+        if args.resume is None and world.leads:
+            resume.note_unfinished(args.save_dir)
+        elif args.resume is not None:
+            state, source = world.share((state, source))
+            run, settings = parse_args(resume.as_flags(state["run"]))
+            save_dir = args.save_dir
+            args, given = resume.merge(run, given, source), {**settings, **given}
+            args.save_dir, args.resume = save_dir, source
+        train(args, given, device, world, state)
+
+
+def train(
+    args: argparse.Namespace,
+    given: dict[str, Any],
+    device: torch.device,
+    world: World,
+    state: dict[str, Any] | None,
+) -> None:
+    """The recipe, from the data to the report.
+
+    Args:
+        given: the flags that win over recipe and data set.
+        state: what a run has left in its last.pt, to go on from; None: start.
+    """
+    precision = cli.choose_precision(args.precision, device)
+    best_path, history_path = args.save_dir / "best_model.pt", args.save_dir / "history.json"
     timing_path = args.save_dir / f"timing_{device.type}.txt"
     curves_path = args.output_dir / "training_curves.png"
-    for path in (best_path, history_path, timing_path, curves_path, args.todo_path):
-        check_writable(path)
+    last_path = args.save_dir / resume.LAST
 
     # ------------------------------------------------------------------------------------ data
     likely = "mnist" if args.dataset == "auto" else args.dataset
     settings_for(args.recipe, likely, given)  # refuses before a download what would fail after it
     dataset = choose_dataset(args.dataset, args.data_dir)
     settings = settings_for(args.recipe, dataset.name, given)
+    run = {name: getattr(args, name) for name in resume.OF_THE_RUN}
+    run |= {"dataset": dataset.name, "settings": dict(settings)}
     train_loader, val_loader, test_loader = make_loaders(
         dataset,
         settings["batch_size"],
@@ -263,10 +447,11 @@ def main() -> None:
         seed=args.seed,
         train_samples=args.train_samples,
         augment=Augment(**{field.name: settings[field.name] for field in fields(Augment)}),
+        world=world,
     )
 
     # ----------------------------------------------------------------------------------- model
-    torch.manual_seed(args.seed)
+    resume.seed_generators(args.seed)
     model_config = {
         "img_size": 28,
         "in_chans": 1,
@@ -304,16 +489,12 @@ def main() -> None:
     sizes = [f"{len(loader.split):,}" for loader in (train_loader, val_loader, test_loader)]
     print(f"data:     {dataset.name}, {' / '.join(sizes)} images to train, validate, test")
     print(f"model:    ViT, {count_parameters(model):,} parameters")
-    print(f"device:   {cli.describe_device(device)}, {precision}, seed {args.seed}")
+    processes = f", {world.size} processes" if world.size > 1 else ""
+    print(f"device:   {cli.describe_device(device)}{processes}, {precision}, seed {args.seed}")
     shown = {n: v for n, v in settings.items() if v is not None and n not in SHOWN_AS_CALLS}
     print(f"recipe:   {args.recipe}: {', '.join(f'{n} {v}' for n, v in shown.items())}")
     print(f"steps:    {optimizer.text}; {schedule}")
 
-    batch_size = min(settings["batch_size"], len(train_loader.split))
-    sample = torch.zeros(batch_size, 1, 28, 28, device=device)
-    network = compile_network(model, args.compile, sample, precision)
-
-    # ------------------------------------------------------------------------------------ loop
     history = {
         "dataset": dataset.name,
         "settings": {
@@ -326,6 +507,7 @@ def main() -> None:
             "train_samples": args.train_samples,
         },
         "device": cli.describe_device(device),
+        "processes": world.size,
         "precision": precision,
         "parameters": count_parameters(model),
         "versions": versions(),
@@ -340,38 +522,141 @@ def main() -> None:
         "settings": history["settings"],
         "versions": history["versions"],
     }
-    best_acc, best_epoch = -1.0, 0
-    try:
-        for epoch in range(1, settings["epochs"] + 1):
-            start = time.perf_counter()
-            model.train()
-            row = train_one_epoch(
-                network,
-                train_loader,
-                criterion,
-                optimizer,
-                schedule,
-                averaged,
-                grad_clip=settings["grad_clip"],
-                precision=precision,
-                description=f"epoch {epoch}/{settings['epochs']}",
-            )
-            train_seconds = time.perf_counter() - start
-            averaged.step_epoch(epoch, train_loader, device)
-            val_loss, val_acc, val_top5 = evaluate(averaged.module, val_loader, criterion, device)
-            if not all(map(math.isfinite, (row["train_loss"], row["grad_norm"], val_loss))):
-                raise UserError(
-                    f"loss or gradient is no longer finite in epoch {epoch}: lower the "
-                    "learning rate or --grad_clip; the best model so far is kept"
-                )
-            schedule.step_epoch(val_loss)
-            seconds = time.perf_counter() - start
 
-            # ---------------------------------------------------------------------- checkpoint
-            if epoch == settings["swa_start"]:
-                best_acc = -1.0  # from here on it is the average that is to be the best
-            is_best = val_acc > best_acc
+    # ---------------------------------------------------------------------------- where it goes on
+    epochs_done, best_acc, best_epoch = 0, -1.0, 0
+    totals = Totals.of_nothing(optimizer, device)
+    if world.rank:  # the weights are drawn alike in all processes, dropout is not to be
+        resume.seed_generators(args.seed + world.rank)
+    if state is not None:
+        with resume.refusing(args.resume):
+            resume.restore(state, model, averaged, optimizer, schedule, device, world)
+            totals.load_state_dict(state["position"]["totals"], world)
+        epochs_done, history["epochs"] = state["position"]["epoch"], state["history"]
+        train_loader.epoch, train_loader.skip = epochs_done, totals.steps
+        best_acc, best_epoch = state["best"]["acc"], state["best"]["epoch"]
+        if world.leads:  # a stop between two files leaves one behind
+            best_acc, best_epoch = resume.bring_best(state, args.resume, best_path)
+            write_json(history_path, history)
+            restore_todo_md(settings["epochs"], history["epochs"], args.todo_path, dataset.name)
+        best_acc, best_epoch = world.share((best_acc, best_epoch))
+        print(f"resumed:  {args.resume}, after {epochs_done} epochs and {totals.steps} steps")
+
+    def usable() -> dict[str, Any]:
+        """What every checkpoint holds: a model, and what it takes to use it and train it on."""
+        return {
+            "epoch": epochs_done,
+            "model_state_dict": averaged.module.state_dict(),
+            **({"raw_model_state_dict": model.state_dict()} if averaged.active else {}),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "scheduler_state_dict": schedule.state_dict(),
+            "best_acc": best_acc,
+            **about,
+        }
+
+    is_first_save = state is None
+
+    def save_last() -> None:
+        """Everything into last.pt, from all processes."""
+        nonlocal is_first_save
+        totals_of_all, generators = (
+            totals.state_dict(world),
+            world.gather(resume.random_state(device)),
+        )
+        if world.leads:
+            content = {
+                **usable(),
+                "raw_model_state_dict": model.state_dict(),
+                "average_state_dict": averaged.state_dict(),
+                "run": run,
+                "position": {"epoch": epochs_done, "step": totals.steps, "totals": totals_of_all},
+                "best": {"epoch": best_epoch, "acc": best_acc},
+                "history": history["epochs"],
+                "random": generators,
+            }
             with uninterrupted():
+                resume.save_last(args.save_dir, content, first=is_first_save)
+        is_first_save = False
+        world.share(None)  # none goes on before it is written
+
+    def keep_batch(epoch: int, bad: NotFiniteError) -> Path:
+        """Write the batch of a step that was not finite, to be looked at."""
+        path = args.save_dir / "nonfinite.pt"
+        images, labels = train_loader.batch_of_all(epoch - 1, bad.step - 1)
+        content = {"epoch": epoch, "step": bad.step, "lr": bad.lr, "loss": bad.loss}
+        content |= {"grad_norm": bad.grad_norm, "images": images, "labels": labels}
+        if world.leads:
+            save_checkpoint(path, {**content, "model_state_dict": model.state_dict()})
+        return path
+
+    def stop_here(number: int) -> None:
+        places = resume.places(args, last_path)
+        raise Stopped(
+            f"stopped by {signal.Signals(number).name} after {epochs_done} of {settings['epochs']} "
+            f"epochs and {totals.steps} steps, all saved; to go on, run this again with: {places}",
+            number,
+        )
+
+    # ------------------------------------------------------------------------------------ loop
+    batch_size = min(settings["batch_size"], len(train_loader.split))
+    sample = torch.zeros(batch_size // world.size or 1, 1, 28, 28, device=device)
+    network = compile_network(world.wrap(model), args.compile, sample, precision)
+    agreement = distributed.Agreement(world)
+    with StopSignals(repeats_within=0.3 if world.size > 1 else 0.0) as stop:
+        try:
+            for epoch in range(epochs_done + 1, settings["epochs"] + 1):
+                start = time.perf_counter() - totals.seconds
+                model.train()
+                steps = train_steps(
+                    network,
+                    train_loader,
+                    criterion,
+                    optimizer,
+                    schedule,
+                    averaged,
+                    totals,
+                    grad_clip=settings["grad_clip"],
+                    precision=precision,
+                    grad_accum_steps=args.grad_accum_steps,
+                    on_nonfinite=args.on_nonfinite,
+                    world=world,
+                    description=f"epoch {epoch}/{settings['epochs']}",
+                )
+                for bad in steps:
+                    if bad:
+                        path = keep_batch(epoch, bad)
+                        note = f"note: step {bad.step} of epoch {epoch} skipped: {bad}; see {path}"
+                        tqdm.write(note, file=sys.stderr)
+                    stop_number = agreement.after_step(stop.received)
+                    if totals.steps == len(train_loader):
+                        break  # saved below
+                    every = args.save_every_steps
+                    if stop_number or (every and totals.steps % every == 0):
+                        totals.seconds = time.perf_counter() - start
+                        save_last()
+                    if stop_number:
+                        stop_here(stop_number)
+                row = totals.row(optimizer, world)
+                train_seconds = time.perf_counter() - start
+                averaged.step_epoch(epoch, train_loader, device)
+                val_loss, val_acc, val_top5 = evaluate(
+                    averaged.module, val_loader, criterion, device, world
+                )
+                if not all(map(math.isfinite, (row["train_loss"], row["grad_norm"], val_loss))):
+                    raise UserError(
+                        f"loss or gradient is no longer finite at the end of epoch {epoch}: start "
+                        f"again with a lower learning rate or --grad_clip; the best model so far "
+                        "is kept"
+                    )
+                schedule.step_epoch(val_loss)
+                seconds = time.perf_counter() - start
+
+                # ------------------------------------------------------------------ checkpoint
+                if epoch == settings["swa_start"]:
+                    best_acc = -1.0  # from here on it is the average that is to be the best
+                is_best = val_acc > best_acc
+                best_acc, best_epoch = (val_acc, epoch) if is_best else (best_acc, best_epoch)
+                epochs_done, totals = epoch, Totals.of_nothing(optimizer, device)
                 history["epochs"].append(
                     {
                         "epoch": epoch,
@@ -383,40 +668,44 @@ def main() -> None:
                         "images_per_second": len(train_loader.split) / train_seconds,
                     }
                 )
+                with uninterrupted():
+                    if is_best and world.leads:  # before last.pt, which counts on it
+                        save_checkpoint(best_path, usable())
+                    save_last()
+                    if world.leads:
+                        write_json(history_path, history)
+                        if epoch == 1:  # not before: until then it is an earlier run's
+                            reset_todo_md(settings["epochs"], args.todo_path, dataset.name)
+                        update_todo_md(epoch, row["train_loss"], val_acc, is_best, args.todo_path)
+                print(
+                    f"Epoch {epoch:2d}/{settings['epochs']}  "
+                    f"Train Loss: {row['train_loss']:.4f}  Acc: {row['train_acc']:.2f} %  |  "
+                    f"Val Loss: {val_loss:.4f}  Acc: {val_acc:.2f} %  Top-5: {val_top5:.2f} %  |  "
+                    f"lr {next(iter(row['lr'].values())):.1e}  {seconds:.1f} s"
+                )
                 if is_best:
-                    best_acc, best_epoch = val_acc, epoch
-                    state = {
-                        "epoch": epoch,
-                        "model_state_dict": averaged.module.state_dict(),
-                        "optimizer_state_dict": optimizer.state_dict(),
-                        "scheduler_state_dict": schedule.state_dict(),
-                        "best_acc": best_acc,
-                    }
-                    if averaged.active:
-                        state["raw_model_state_dict"] = model.state_dict()
-                    save_checkpoint(best_path, {**state, **about})
-                write_json(history_path, history)
-                if epoch == 1:  # not before: until then the files are an earlier run's, and agree
-                    reset_todo_md(settings["epochs"], args.todo_path, dataset.name)
-                update_todo_md(epoch, row["train_loss"], val_acc, is_best, args.todo_path)
-            print(
-                f"Epoch {epoch:2d}/{settings['epochs']}  "
-                f"Train Loss: {row['train_loss']:.4f}  Acc: {row['train_acc']:.2f} %  |  "
-                f"Val Loss: {val_loss:.4f}  Acc: {val_acc:.2f} %  Top-5: {val_top5:.2f} %  |  "
-                f"lr {next(iter(row['lr'].values())):.1e}  {seconds:.1f} s"
+                    print(f"          best so far, saved to {best_path}")
+                if stop_number := agreement.after_step(stop.received):
+                    stop_here(stop_number)
+        except NotFiniteError as bad:
+            path = keep_batch(epoch, bad)
+            raise UserError(
+                f"step {bad.step} of epoch {epoch} is not finite: {bad}; its batch is in {path}, "
+                f"the last save is untouched; start again with a lower learning rate or "
+                "--grad_clip, or go on with --resume --on_nonfinite skip"
+            ) from None
+        except Stopped:
+            raise
+        except KeyboardInterrupt:
+            go_on = f"run this again with: {resume.places(args, last_path)}"
+            saved = (
+                "nothing was saved" if is_first_save else f"to go on from the last save, {go_on}"
             )
-            if is_best:
-                print(f"          best so far, saved to {best_path}")
-    except KeyboardInterrupt:
-        kept = f"best model (epoch {best_epoch}) in {best_path}, history in {history_path}"
-        raise KeyboardInterrupt(
-            f"interrupted after {len(history['epochs'])} of {settings['epochs']} epochs: "
-            + (kept if best_epoch else "nothing written, an earlier run's files are as they were")
-        ) from None
+            raise KeyboardInterrupt(f"interrupted; {saved}") from None
 
     # ---------------------------------------------------------------------------------- report
-    best_model, _ = load_checkpoint(best_path)
-    test_loss, test_acc, test_top5 = evaluate(best_model.to(device), test_loader, criterion, device)
+    best_model = world.share(load_checkpoint(best_path)[0] if world.leads else None).to(device)
+    test_loss, test_acc, test_top5 = evaluate(best_model, test_loader, criterion, device, world)
     history["test"] = {
         "loss": test_loss,
         "top1": test_acc,
@@ -435,10 +724,11 @@ def main() -> None:
         "test_acc": f"{test_acc:.2f}",
         "dataset": dataset.name,
     }
-    with uninterrupted():
-        write_json(history_path, history)
-        write_text(timing_path, "".join(f"{key}: {value}\n" for key, value in timing.items()))
-        figures.save(figures.training_curves(history), curves_path)
+    if world.leads:
+        with uninterrupted():
+            write_json(history_path, history)
+            write_text(timing_path, "".join(f"{key}: {value}\n" for key, value in timing.items()))
+            figures.save(figures.training_curves(history), curves_path)
     cli.print_test_result(dataset.name, test_loss, test_acc, test_top5)
     print(f"Best Val Acc: {best_acc:.2f} % @ Epoch {best_epoch}")
     print(

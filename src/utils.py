@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from augment import Augment
 from cli import UserError
+from distributed import ALONE, World
 from files import write_text
 
 
@@ -205,7 +206,8 @@ class BatchLoader:
     """Iterates over (images, labels) batches: float (B, 1, 28, 28), normalised, and int64 (B,).
 
     Order and augmentation of a batch depend on `seed`, the pass and the batch's number alone, so a
-    run repeats exactly, whatever else draws random numbers and however many workers prepare.
+    run repeats exactly, whatever else draws random numbers and however many workers prepare; and it
+    can go on from any batch. Of several processes each gets its own part of every batch.
 
     Args:
         split: the images; batches lie on the device where they lie.
@@ -215,6 +217,7 @@ class BatchLoader:
         shuffle: draw another order for each pass.
         seed: of order and augmentation.
         num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+        world: the processes that share every batch.
     """
 
     def __init__(
@@ -228,6 +231,7 @@ class BatchLoader:
         shuffle: bool = False,
         seed: int = 42,
         num_workers: int = 0,
+        world: World = ALONE,
     ) -> None:
         self.split = split
         self.batch_size = batch_size
@@ -236,20 +240,19 @@ class BatchLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.num_workers = num_workers
-        self.epoch = 0  # passes begun; set it to go on where another loader was
+        self.world = world
+        # Passes begun, and batches that the next one leaves out: set to go on where a loader was.
+        self.epoch, self.skip = 0, 0
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self.epoch = self.epoch, self.epoch + 1
-        order = torch.arange(len(self.split), device=self.split.labels.device)
-        if self.shuffle:
-            # Batches are numbered from 1: number 0 is the order's.
-            order = torch.randperm(
-                len(order), device=order.device, generator=self._generator(epoch, 0)
-            )
-        tasks = ((epoch, i, part) for i, part in enumerate(order.split(self.batch_size), 1))
+        skip, self.skip = self.skip, 0
+        batches = enumerate(self._order(epoch).split(self.batch_size), 1)
+        tasks = ((epoch, number, self.world.rank, batch) for number, batch in batches)
+        tasks = islice(tasks, skip, None)
         if self.num_workers == 0:
             yield from (self._batch(*task) for task in tasks)
             return
@@ -262,17 +265,43 @@ class BatchLoader:
                 ahead.extend(pool.submit(self._batch, *task) for task in islice(tasks, 1))
                 yield batch
 
-    def _generator(self, epoch: int, number: int) -> torch.Generator:
-        mixed = np.random.SeedSequence((self.seed, epoch, number)).generate_state(1, np.uint64)
+    def numbered(self, first: int, step: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Every `step`th batch from number `first` on, unshuffled, with its number from 0."""
+        batches = torch.arange(len(self.split)).split(self.batch_size)
+        for i in range(first, len(batches), step):
+            yield i, self._batch(0, i + 1, 0, batches[i])
+
+    def batch_of_all(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """What a step's batch was, or will be, in all processes together; both counted from 0."""
+        batch = self._order(epoch).split(self.batch_size)[step]
+        parts = [self._batch(epoch, step + 1, rank, batch) for rank in range(self.world.size)]
+        images, labels = zip(*parts, strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def size_of(self, step: int) -> int:
+        """How many images a step's batch has in all processes together; counted from 0."""
+        return min(self.batch_size, len(self.split) - step * self.batch_size)
+
+    def _order(self, epoch: int) -> Tensor:
+        device = self.split.labels.device
+        if not self.shuffle:
+            return torch.arange(len(self.split), device=device)
+        # Batches are numbered from 1: number 0 is the order's.
+        generator = self._generator(epoch, 0, 0)
+        return torch.randperm(len(self.split), device=device, generator=generator)
+
+    def _generator(self, epoch: int, number: int, rank: int) -> torch.Generator:
+        mixed = np.random.SeedSequence((self.seed, epoch, number, rank))
         # 63 bits: what manual_seed takes on every device.
-        return torch.Generator(self.split.images.device).manual_seed(int(mixed[0]) >> 1)
+        seed = int(mixed.generate_state(1, np.uint64)[0]) >> 1
+        return torch.Generator(self.split.images.device).manual_seed(seed)
 
     @torch.no_grad()
-    def _batch(self, epoch: int, number: int, indices: Tensor) -> tuple[Tensor, Tensor]:
-        part = self.split[indices]
+    def _batch(self, epoch: int, number: int, rank: int, batch: Tensor) -> tuple[Tensor, Tensor]:
+        part = self.split[batch.tensor_split(self.world.size)[rank]]
         images = part.images.float().div_(255)
-        if self.augment is not None:
-            images = self.augment(images, self._generator(epoch, number))
+        if self.augment is not None and len(images):
+            images = self.augment(images, self._generator(epoch, number, rank))
         return images.sub_(self.mean).div_(self.std), part.labels
 
 
@@ -285,6 +314,7 @@ def make_loaders(
     seed: int = 42,
     train_samples: int | None = None,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = PUBLISHED_AUGMENT,
+    world: World = ALONE,
 ) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
     """Loaders of a data set's training, validation and test images, in memory on `device`.
 
@@ -293,6 +323,7 @@ def make_loaders(
     Args:
         train_samples: train on the first so many images only; None is all of them.
         augment: of the training batches, see `BatchLoader`.
+        world: the processes that share the training batches; see `evaluate` for the others.
     """
 
     def loader(split: Split, size: int, **kwargs) -> BatchLoader:
@@ -306,6 +337,7 @@ def make_loaders(
             shuffle=True,
             seed=seed,
             num_workers=num_workers,
+            world=world,
         ),
         loader(dataset.val, 500),  # no gradient is kept: the batch needn't be the training's
         loader(dataset.test, 500),
@@ -341,23 +373,29 @@ def _top_hits(output: Tensor, target: Tensor, k: int) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: BatchLoader, criterion: nn.Module, device: str | torch.device
+    model: nn.Module,
+    loader: BatchLoader,
+    criterion: nn.Module,
+    device: str | torch.device,
+    world: World = ALONE,
 ) -> tuple[float, float, float]:
     """Mean loss, top-1 % and top-5 % over all samples, in fp32 and with dropout off.
 
-    The means are exact: a smaller last batch weighs less.
+    The means are exact: a smaller last batch weighs less. Of several processes each takes whole
+    batches in turn, and all get the result that one alone would get.
     """
     training = model.training
     model.eval()
-    # Summed on the device: Python waits for a GPU only at the end.
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
-    for images, labels in loader:
+    # A row for each batch, summed at the end, on the device: Python waits for a GPU only there, and
+    # the sum has one order, however many processes there are.
+    rows = torch.zeros(len(loader), 3, dtype=torch.float64, device=device)
+    for i, (images, labels) in loader.numbered(world.rank, world.size):
         logits, labels = model(images.to(device)), labels.to(device)
         hits = _top_hits(logits, labels, 5)
         batch = criterion(logits, labels) * len(labels), 100 * hits[:, 0].sum(), 100 * hits.sum()
-        totals += torch.stack([value.double() for value in batch])
+        rows[i] = torch.stack([value.double() for value in batch])
     model.train(training)
-    loss, top1, top5 = (totals / len(loader.split)).tolist()
+    loss, top1, top5 = (world.sum(rows).sum(dim=0) / len(loader.split)).tolist()
     return loss, top1, top5
 
 
@@ -400,6 +438,33 @@ def update_todo_md(
     others = [r for i, r in enumerate(rows) if i > first and i not in same]
     rows = [*rows[:first], row, *others]
     write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
+
+
+def restore_todo_md(
+    epochs: int,
+    history: list[dict],
+    todo_path: str | Path = "./TODO.md",
+    dataset: str | None = None,
+) -> None:
+    """Bring TODO.md's progress table to what a run's history says, where it says less.
+
+    Args:
+        epochs: of the whole run.
+        history: a row for each epoch done, as in history.json.
+    """
+    before, rows, after, newline = _split_todo(todo_path)
+    states = {row.split("|")[1].strip(): row for row in rows}
+    best = -1.0
+    if not rows:
+        reset_todo_md(epochs, todo_path, dataset)
+    elif len(rows) < epochs:
+        missing = (n for n in range(1, epochs + 1) if str(n) not in states)
+        rows += [f"| {epoch} | not started | | | | |" for epoch in missing]
+        write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
+    for row in history:
+        is_best, best = row["val_acc"] > best, max(best, row["val_acc"])
+        if "| done |" not in states.get(str(row["epoch"]), ""):
+            update_todo_md(row["epoch"], row["train_loss"], row["val_acc"], is_best, todo_path)
 
 
 def _split_todo(todo_path: str | Path) -> tuple[list[str], list[str], list[str], str]:

@@ -1,16 +1,25 @@
-"""What several test files share: running a script's `main`, and one small training run."""
+"""What several test files share: running a script's `main`, in this process or in others, and one
+small training run."""
 
+import multiprocessing
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sklearn.datasets  # noqa: F401 what a run would import: forked processes find it there
 import torch
+import torch._dynamo
 from hypothesis import HealthCheck, settings
 
 import cli
 import train
 from utils import MNIST_FILES
+
+# A shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT / "mnist"
@@ -50,6 +59,68 @@ def run(monkeypatch, capsys, tmp_path):
         return SimpleNamespace(status=status, out=out, err=err)
 
     return call
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """folder(name): an empty folder, from now on the current one."""
+
+    def enter(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        return tmp_path / name
+
+    return enter
+
+
+def work(
+    folder: str, flags: list[str], environment: dict, die_at: int | None, limit: int | None
+) -> None:
+    """What a process of `start` does."""
+    import resource
+
+    os.chdir(folder)
+    os.environ |= environment
+    sys.argv = ["train.py", *flags]
+    rank = environment.get("RANK", "")
+    sys.stdout = open(f"out{rank}.txt", "w")  # noqa: SIM115
+    sys.stderr = open(f"err{rank}.txt", "w")  # noqa: SIM115
+    torch.set_num_threads(1)
+    events = iter(range(1, 10**9))
+
+    def watch(event: str, args: tuple) -> None:
+        is_ours = event in ("open", "os.rename") and "checkpoints" in str(args[0])
+        if is_ours and next(events) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if die_at:
+        sys.addaudithook(watch)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    cli.run(train.main)
+
+
+@pytest.fixture(scope="session")
+def start():
+    """start(folder, flags) -> a process that trains there, its output in out.txt and err.txt.
+
+    It is forked from one that knows PyTorch. `environment`: variables to set, `die_at`: it is
+    killed at its n-th opening or renaming of a file in checkpoints/, `limit`: no file may grow
+    beyond so many bytes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))
+
+    def begin(folder, flags, environment=None, die_at=None, limit=None):
+        arguments = (str(folder), list(map(str, flags)), environment or {}, die_at, limit)
+        process = context.Process(target=work, args=arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", paths)  # for the server, which starts with the first
+            process.start()
+        return process
+
+    return begin
 
 
 @pytest.fixture

@@ -88,9 +88,11 @@ def test_visualize_draws_sixteen_test_images(run, tmp_path, checkpoint):
 
 
 def test_titles_are_green_where_right_and_red_where_wrong():
-    figure = figures.predictions(np.zeros((2, 28, 28)), ["3", "5"], ["3", "6"], "two")
+    figure = figures.predictions(
+        np.zeros((2, 28, 28)), ["3", "5"], ["3", "6"], [0.996, 0.51], "two"
+    )
     titles = [axes.title for axes in figure.axes if axes.get_title()]
-    assert [title.get_text() for title in titles] == ["3 (true: 3)", "6 (true: 5)"]
+    assert [title.get_text() for title in titles] == ["3: 99.6 % (true: 3)", "6: 51.0 % (true: 5)"]
     assert [title.get_color() for title in titles] == [figures.GREEN, figures.RED]
 
 

@@ -188,35 +188,32 @@ def test_fp32_and_bf16_learn_alike(run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def frozen(model, loader) -> tuple:
-    """Optimizer, schedule and average of a run that learns nothing."""
+def an_epoch(model, loader, *hooks, **options) -> dict:
+    """The row of an epoch in which nothing is learned."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for hook in hooks:
+        optimizer.register_step_pre_hook(hook)
     settings = {"epochs": 5, "steps_per_epoch": len(loader)}
     schedule = optim.build_scheduler("ConstantLR(factor=1)", optimizer, **settings)
-    return optimizer, schedule, optim.WeightAverage(model)
+    totals = train.Totals.of_nothing(optimizer, torch.device("cpu"))
+    parts = optimizer, schedule, optim.WeightAverage(model), totals
+    criterion = torch.nn.CrossEntropyLoss()
+    for _ in train.train_steps(model, loader, criterion, *parts, precision="fp32", **options):
+        pass
+    return totals.row(optimizer, train.ALONE)
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for(digits_loader):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
     norms = []
-    optimizer, *rest = frozen(model, digits_loader)
-    optimizer.register_step_pre_hook(
-        lambda *_: norms.append(
-            torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-        )
-    )
+
+    def note_norm(*_) -> None:
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        norms.append(gradients.norm().item())
+
     for clip in (0.05, 0):
-        train.train_one_epoch(
-            model,
-            digits_loader,
-            torch.nn.CrossEntropyLoss(),
-            optimizer,
-            *rest,
-            grad_clip=clip,
-            precision="fp32",
-            description="",
-        )
+        an_epoch(model, digits_loader, note_norm, grad_clip=clip)
     clipped, free = norms[: len(digits_loader)], norms[len(digits_loader) :]
     assert clipped == pytest.approx([0.05] * len(clipped), rel=1e-3)
     assert min(free) > 0.5
@@ -233,15 +230,7 @@ def test_training_averages_are_exact_over_samples(digits_loader):
     criterion = torch.nn.CrossEntropyLoss()
     batches = list(digits_loader)
     digits_loader.epoch = 0
-    row = train.train_one_epoch(
-        model,
-        digits_loader,
-        criterion,
-        *frozen(model, digits_loader),
-        grad_clip=0,
-        precision="fp32",
-        description="",
-    )
+    row = an_epoch(model, digits_loader, grad_clip=0, grad_accum_steps=3)
     logits = model(torch.cat([images for images, _ in batches]))
     labels = torch.cat([labels for _, labels in batches])
     assert row["train_loss"] == pytest.approx(criterion(logits, labels).item(), rel=1e-5)
@@ -415,7 +404,7 @@ def test_a_loss_that_explodes_ends_the_run_and_keeps_the_best_model(run, tmp_pat
     before = weights(tmp_path)
     flags = "--lr 1e30 --weight_decay 1e30 --grad_clip 0 --epochs 3".split()
     assert_one_error_line(
-        run(train.main, *TINY, *flags), "finite in epoch 1", "lower the learning rate"
+        run(train.main, *TINY, *flags), "of epoch 1 is not finite", "lower learning rate"
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
 
@@ -436,18 +425,18 @@ def test_a_run_on_a_gpu(run, tmp_path):
 # ----------------------------------------------------------------------------------------- stopping
 
 
-def test_ctrl_c_in_the_first_epoch_leaves_an_earlier_runs_files(run, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_first_epoch_leaves_an_earlier_runs_results(run, tmp_path, monkeypatch):
     assert run(train.main, *TINY, "--epochs", 1).status == 0
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    before = {path: path.read_bytes() for path in files}
+    names = ("best_model.pt", "history.json", "training_curves.png", "TODO.md")
+    before = {path: path.read_bytes() for name in names for path in tmp_path.rglob(name)}
 
     def interrupted(*_) -> None:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(train.optim.WeightAverage, "step_batch", interrupted)
     result = run(train.main, *TINY, "--epochs", 9)
-    assert result.status == 130 and "after 0 of 9 epochs: nothing written" in result.err
-    assert {path: path.read_bytes() for path in files} == before
+    assert result.status == 130 and "after 0 of 9 epochs and 1 steps, all saved" in result.err
+    assert len(before) == 4 and {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
@@ -463,7 +452,7 @@ def test_ctrl_c_leaves_model_history_and_todo_consistent(tmp_path):
             break
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert re.fullmatch(r"interrupted after (\d+) of 500 epochs: .*best_model.pt.*\n", err), err
+    assert re.fullmatch(r"stopped by SIGINT after (\d+) of 500 epochs .*--resume.*\n", err), err
     history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
     finished = len(history["epochs"])
     assert finished >= 2 and f"after {finished} of" in err and history["test"] is None

@@ -1,0 +1,116 @@
+"""Data-parallel training on one machine: steps of 1, 2, ... processes, and the exchange's cost.
+
+The whole batch stays the same, each process has a part. The cores are shared: more processes have
+fewer threads each. The all-reduce is that of the gradients alone, one vector of fp32.
+"""
+
+import os
+import socket
+import statistics
+from tempfile import NamedTemporaryFile
+
+import report  # first: it finds src
+import torch
+import torch.multiprocessing
+from torch import nn
+
+import cli
+import distributed
+import optim
+from distributed import World
+from recipes import DEFAULTS
+from speed import keep_memory
+from train import Totals, train_steps
+from utils import load_mnist, make_loaders
+from vit_model import ViT, count_parameters
+
+
+def work(
+    rank: int, size: int, device: torch.device, data_dir: str, steps: int, threads: int, result: str
+) -> None:
+    """One process of `size`: it trains, then adds up gradients; the first writes its times."""
+    torch.set_num_threads(threads)
+    keep_memory()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    world = World(rank, size, rank)
+    device = distributed.device_of(world, device)
+    precision = cli.choose_precision("auto", device)
+    with distributed.joined(world, device):
+        torch.manual_seed(0)
+        model = ViT().to(device).train()
+        samples = steps * DEFAULTS["batch_size"]
+        loader = make_loaders(
+            load_mnist(data_dir), device=device, train_samples=samples, world=world
+        )[0]
+        rates = {name: DEFAULTS[name] for name in ("lr", "weight_decay")}
+        optimizer = optim.build_optimizer("AdamW", model, **rates)
+        length = {"epochs": 9, "steps_per_epoch": len(loader)}
+        schedule = optim.build_scheduler("ConstantLR(factor=1)", optimizer, **length)
+        network, criterion = world.wrap(model), nn.CrossEntropyLoss()
+        averaged = optim.WeightAverage(model)
+
+        def epoch() -> None:
+            totals = Totals.of_nothing(optimizer, device)
+            parts = network, loader, criterion, optimizer, schedule, averaged, totals
+            for _ in train_steps(*parts, grad_clip=1.0, precision=precision, world=world):
+                pass
+
+        gradients = torch.zeros(count_parameters(model), device=device)
+        epoch()  # warm-up
+        turns = [
+            (
+                report.seconds(epoch, device) / steps,
+                report.seconds(lambda: world.sum(gradients), device),
+            )
+            for _ in range(5)
+        ]
+        if world.leads:
+            step, exchange = (statistics.median(times) for times in zip(*turns, strict=True))
+            with open(result, "w") as file:
+                file.write(f"{step} {exchange}")
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--processes", nargs="+", default=[1, 2], type=cli.integer(1, 1024))
+    parser.add_argument("--steps", default=20, type=cli.integer(1, 421), help="in a turn, of five")
+    cli.add_data_dir(parser)
+    cli.add_device(parser)
+    report.add_record(parser)
+    args = parser.parse_args()
+    device = cli.choose_device(args.device)
+    load_mnist(args.data_dir)  # tells what is wrong with it in one line
+    rows = []
+    for size in args.processes:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        threads = max(1, (os.cpu_count() or 1) // size)
+        with NamedTemporaryFile("r") as result:
+            arguments = (size, device, args.data_dir, args.steps, threads, result.name)
+            torch.multiprocessing.spawn(work, arguments, nprocs=size)
+            step, exchange = map(float, result.read().split())
+        part = DEFAULTS["batch_size"] / size
+        rows.append(
+            [
+                str(size),
+                str(threads),
+                f"{part:.0f}",
+                f"{1000 * step:.0f} ms",
+                f"{DEFAULTS['batch_size'] / step:.0f}",
+                f"{1000 * exchange:.1f} ms" if size > 1 else "none",
+            ]
+        )
+    report.publish(
+        f"Data-parallel training, whole batch {DEFAULTS['batch_size']}, median of 5 turns of "
+        f"{args.steps} steps",
+        ["processes", "threads each", "images each", "step", "images/s", "all-reduce"],
+        rows,
+        device=device,
+        record=args.record,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

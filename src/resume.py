@@ -1,0 +1,351 @@
+"""All that a run needs to go on as if it had never stopped, in a file: `last.pt`.
+
+The one before it is kept as `last.prev.pt`. Both are checkpoints that inference.py can use, with
+more in them: the run's settings, the position in it, the state of every random generator, the
+history. Nothing in them is believed before it is checked: they may come from strangers.
+"""
+
+import argparse
+import copy
+import math
+import random
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from cli import UserError
+from distributed import World
+from optim import Schedule, WeightAverage
+from recipes import DEFAULTS
+
+LAST, PREVIOUS = "last.pt", "last.prev.pt"
+# Flags that a run may go on with other values of. All others are the run's own.
+MAY_CHANGE = {"resume", "epochs", "device", "save_dir", "output_dir", "todo_path", "data_dir"}
+MAY_CHANGE |= {"num_workers", "compile", "save_every_steps", "on_nonfinite", "grad_accum_steps"}
+# What a run repeats beside its settings, as flags.
+OF_THE_RUN = ("recipe", "dataset", "seed", "train_samples", "precision", "num_workers")
+OF_THE_RUN += ("grad_accum_steps", "save_every_steps", "on_nonfinite")
+OF_A_STATE = ("average_state_dict", "run", "position", "best", "history", "random")
+ROW = ("epoch", "train_loss", "train_acc", "grad_norm", "lr", "val_loss", "val_acc", "val_top5")
+ROW += ("seconds", "images_per_second")
+
+
+def save_last(folder: Path, state: dict[str, Any], *, first: bool) -> None:
+    """Write `last.pt`; the file of before becomes `last.prev.pt`.
+
+    Args:
+        first: of a run: then what was there is an earlier run's, and is not kept.
+
+    Raises:
+        UserError: it can't be written. What was there is still there.
+    """
+    save_checkpoint(folder / LAST, state, keep=None if first else folder / PREVIOUS)
+    if first:
+        (folder / PREVIOUS).unlink(missing_ok=True)
+
+
+def load_last(path: Path) -> tuple[dict[str, Any], Path]:
+    """Read a run's state, from the file before it with a warning where this one is damaged.
+
+    Args:
+        path: a file, or a folder with a `last.pt`.
+
+    Returns:
+        The checkpoint, and the file that it was read from.
+
+    Raises:
+        UserError: neither file holds the state of a run.
+    """
+    path = path / LAST if path.is_dir() else path
+    previous = path.with_name(PREVIOUS)
+    if not path.exists() and not (path.name == LAST and previous.exists()):
+        raise UserError(
+            f"there is no {path} to resume: leave --resume out to start a run, or name the "
+            f"{LAST} that one has left"
+        )
+    try:
+        return _load(path), path
+    except UserError as error:
+        if path.name != LAST or not previous.exists():
+            raise
+        state = _load(previous)
+        print(f"WARNING: {error}\ngoing on from the save before it, {previous}", file=sys.stderr)
+        return state, previous
+
+
+def _load(path: Path) -> dict[str, Any]:
+    _, state = load_checkpoint(path)  # which rebuilds the model from it, so sizes agree
+    if "run" not in state:
+        raise UserError(f"{path} holds a model but not the state of a run: name a {LAST}")
+    try:
+        epoch, step = state["position"]["epoch"], state["position"]["step"]
+        if type(epoch) is not int or type(step) is not int or epoch < 0 or step < 0:
+            raise ValueError(f"position {epoch!r}, {step!r}")
+        if len(state["history"]) != epoch:
+            raise ValueError(f"{len(state['history'])} rows of history after {epoch} epochs")
+        for number, row in enumerate(state["history"], 1):
+            check_row(row, number)
+        best = state["best"]
+        if type(best["epoch"]) is not int or not 0 <= best["epoch"] <= epoch:
+            raise ValueError(f"best epoch {best['epoch']!r}")
+        best["acc"] = float(best["acc"])
+        config, settings = state["model_config"], state["run"]["settings"]
+        for name in config.keys() & settings.keys():
+            if config[name] != settings[name]:
+                raise ValueError(f"{name} {settings[name]!r} in its settings, {config[name]!r} not")
+        as_flags(state["run"])
+    except Exception as error:  # whatever a file that was made to mislead brings up
+        raise _unusable(path, error) from None
+    return state
+
+
+def _unusable(path: Path, error: Exception) -> UserError:
+    reason = f"no {error} in it" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return UserError(
+        f"{path} is not the state of a run ({reason[:200]}): name a {LAST} that src/train.py wrote"
+    )
+
+
+def check_row(row: dict[str, Any], number: int) -> None:
+    """Raise an error if a row of the history is not as train.py writes epoch `number`'s."""
+    numbers = [row[name] for name in ROW if name != "lr"] + [*row["lr"].values()]
+    if row["epoch"] != number or not row["lr"]:
+        raise ValueError(f"epoch {number} is missing in its history")
+    if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
+        raise ValueError(f"its history of epoch {number} has other values than numbers")
+
+
+def as_flags(run: dict[str, Any]) -> list[str]:
+    """A run's settings as a command line, so that they are checked like one."""
+    values = {name: run[name] for name in OF_THE_RUN}
+    flags = []
+    for name, value in {**values, **{name: run["settings"][name] for name in DEFAULTS}}.items():
+        if value is True:
+            flags.append(f"--{name}")
+        elif value is not None and value is not False:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def merge(run: argparse.Namespace, given: dict[str, Any], path: Path) -> argparse.Namespace:
+    """The run's arguments, with what the command line may change and does.
+
+    Raises:
+        UserError: a flag contradicts the run.
+    """
+    for name, value in given.items():
+        stored = getattr(run, name)
+        if name not in MAY_CHANGE and value not in (stored, "auto"):
+            raise UserError(
+                f"--{name} {value} contradicts the run in {path}, which has {stored}: leave it "
+                "out, or leave --resume out to start a new run"
+            )
+        if name == "epochs" and value < stored:
+            raise UserError(
+                f"--epochs {value} is less than the {stored} of the run in {path}: give more, or "
+                "leave it out"
+            )
+    changed = {name: value for name, value in given.items() if name in MAY_CHANGE}
+    return argparse.Namespace(**{**vars(run), **changed})
+
+
+def places(args: argparse.Namespace, path: Path) -> str:
+    """The flags to go on with from `path`: `--resume`, and where else the run reads and writes."""
+    flags = ["--resume", str(path)]
+    for name, default in (
+        ("data_dir", "mnist"),
+        ("output_dir", "outputs"),
+        ("todo_path", "TODO.md"),
+    ):
+        if Path(getattr(args, name)) != Path(default):
+            flags += [f"--{name}", str(getattr(args, name))]
+    return shlex.join(flags)
+
+
+def note_unfinished(folder: Path) -> None:
+    """Say so if a new run in `folder` will replace one that could go on."""
+    try:
+        state = _load(folder / LAST)
+    except UserError:
+        return
+    done, epochs = state["position"]["epoch"], state["run"]["settings"]["epochs"]
+    if done < epochs:
+        print(
+            f"note: {folder / LAST} holds a run that stopped after {done} of {epochs} epochs; this "
+            "new run will replace it, --resume would go on with it",
+            file=sys.stderr,
+        )
+
+
+# ------------------------------------------------------------------------------------- going there
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn whatever a state that doesn't fit brings up in the block into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unusable(path, error) from None
+
+
+def restore(
+    state: dict[str, Any],
+    model: nn.Module,
+    averaged: WeightAverage,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    device: torch.device,
+    world: World,
+) -> None:
+    """Put everything where it was when `state` was saved.
+
+    Processes beyond those that the state knows keep their generators as they are.
+
+    Raises:
+        Exception: whatever they raise on a state that doesn't fit.
+    """
+    model.load_state_dict(state["raw_model_state_dict"])
+    averaged.load_state_dict(state["average_state_dict"])
+    load_optimizer(optimizer, state["optimizer_state_dict"], model)
+    schedule.load_state_dict(state["scheduler_state_dict"])  # after it: it sets the rates
+    there = len(state["scheduler_state_dict"]["val_losses"]), state["scheduler_state_dict"]["batch"]
+    if there != (state["position"]["epoch"], state["position"]["step"]):
+        raise ValueError(f"its schedule is at {there}, the run is not")
+    if world.rank < len(state["random"]):
+        set_random_state(state["random"][world.rank], device)
+
+
+def bring_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[float, int]:
+    """Make sure that the best model so far is at `best_path`.
+
+    Args:
+        source: the file that `state` is from; the best model may lie beside it.
+
+    Returns:
+        Its validation accuracy in percent and its epoch; -1 and 0 if it is lost.
+    """
+    acc, epoch = state["best"]["acc"], state["best"]["epoch"]
+    if not epoch:
+        return acc, epoch
+    for path in (best_path, source.with_name(best_path.name)):
+        try:
+            best = read_checkpoint(path)
+        except UserError:
+            continue
+        # One of a later epoch was written just before the stop, and will be written again.
+        if best.get("epoch") == epoch or (path == best_path and best["epoch"] > epoch):
+            if path.resolve() != best_path.resolve():
+                save_checkpoint(best_path, best)
+            return acc, epoch
+    print(
+        f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is neither at "
+        f"{best_path} nor beside {source}: the best from here on takes its place",
+        file=sys.stderr,
+    )
+    if state["position"]["step"]:
+        return -1.0, 0
+    save_checkpoint(best_path, {n: v for n, v in state.items() if n not in OF_A_STATE})
+    return state["history"][-1]["val_acc"], state["position"]["epoch"]
+
+
+# ------------------------------------------------------------------------------ random generators
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's generators, on all devices."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of Python's, NumPy's, PyTorch's and the GPU's generator in this process."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put all generators where they were; a GPU's only if there was one."""
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# -------------------------------------------------------------------------------------- optimizer
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any], model: nn.Module) -> None:
+    """Load an optimizer's state after a look at every tensor.
+
+    The fused steps look at none: one of a wrong shape would have them write anywhere in memory.
+
+    Raises:
+        Exception: the state is not such an optimizer's.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):  # not fused, and with lists that grow
+        length = sum(p.numel() for p in model.parameters())
+        allowed = {0: {name: [(), (length,)] for name in state["state"].get(0, {})}}
+    else:
+        allowed = _shapes_after_a_step(optimizer, model)
+    if state["state"] and state["state"].keys() != allowed.keys():
+        raise ValueError("its optimizer knows other parameters")
+    state = copy.deepcopy(state)
+    for index, values in state["state"].items():
+        if values.keys() != allowed[index].keys():
+            raise ValueError(f"its optimizer's state has {', '.join(values)}")
+        for name, value in values.items():
+            values[name] = _checked(value, allowed[index][name])
+    optimizer.load_state_dict(state)
+
+
+def _shapes_after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[int, dict[str, list]]:
+    """The shapes that each value of the optimizer's state may have; the model stays as it is."""
+    weights = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    # The class's own step: schedules count the calls of the instance's.
+    type(optimizer).step(optimizer)
+    optimizer.zero_grad()
+    model.load_state_dict(weights)
+    state = optimizer.state_dict()["state"]
+    return {
+        index: {name: [tuple(getattr(v, "shape", ()))] for name, v in values.items()}
+        for index, values in state.items()
+    }
+
+
+def _checked(value: Any, shapes: list[tuple[int, ...]]) -> Any:
+    if isinstance(value, list):
+        return [_checked(item, shapes) for item in value]
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or tuple(value.shape) not in shapes:
+            raise ValueError(f"its optimizer's state has a tensor {tuple(value.shape)}")
+        if value.dtype != torch.float32:
+            raise ValueError(f"its optimizer's state has numbers of {value.dtype}")
+        return value.clone(
+            memory_format=torch.contiguous_format
+        )  # strides may hide how little it is
+    if value is not None and type(value) not in (int, float):
+        raise ValueError(f"its optimizer's state has a {type(value).__name__}")
+    return value
