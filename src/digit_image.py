@@ -21,7 +21,8 @@ from printed_lines import without_lines
 
 # What pictures come in. Pillow knows more: for EPS it would run the file as a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
-MAX_SIDE = 10_000  # pixels; a larger picture would take gigabytes to decode
+MAX_SIDE = 10_000  # pixels
+MAX_PIXELS = 50_000_000  # to decode; more would take gigabytes
 WORKING_SIDE = 800  # pixels; larger pictures are shrunk before they are looked at
 MIN_CONTRAST = 0.05  # of black to white; below that, what stands out is noise
 MIN_CONTRAST_IN_PHOTO = 0.2  # of the paper's brightness
@@ -65,9 +66,11 @@ def _read_picture(source: str | Path | BinaryIO, name: str) -> np.ndarray:
             # The size is looked at here, and a warning of Pillow's is one more line for the user.
             warnings.simplefilter("ignore")
             image = Image.open(source, formats=FORMATS)
-            if max(image.size) > MAX_SIDE:
-                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+            given = f"{image.width}x{image.height} pixels"
+            too_long = max(image.size) > MAX_SIDE
             image.draft(None, (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at that size
+            if too_long or image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(given)
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel
             image = Image.fromarray(_from_deep(image))
@@ -81,8 +84,8 @@ def _read_picture(source: str | Path | BinaryIO, name: str) -> np.ndarray:
         raise UserError(f"image {name} not found: name an existing image file") from None
     except Image.DecompressionBombError as error:
         raise UserError(
-            f"image {name} is too large ({error}): expected at most {MAX_SIDE} pixels a side, "
-            "scale it down"
+            f"image {name} is too large ({error}): expected at most {MAX_SIDE} pixels a "
+            f"side and {MAX_PIXELS} in all, scale it down"
         ) from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"image {name} cannot be read: {error.strerror}") from None
@@ -97,10 +100,12 @@ def _read_picture(source: str | Path | BinaryIO, name: str) -> np.ndarray:
 
 def _from_deep(image: Image.Image) -> np.ndarray:
     """The brightness in [0, 1] of a picture of 16 or 32 bits a pixel, float32 (H, W)."""
-    grey = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+    grey = np.array(image, dtype=np.float32)
+    np.nan_to_num(grey, copy=False, posinf=0, neginf=0)
     # Nothing says where white is: the least of the usual values that no pixel exceeds.
     white = next((top for top in (1, 255, 4095, 65535) if grey.max() <= top), grey.max())
-    return np.clip(grey / white, 0, 1)
+    grey /= white
+    return np.clip(grey, 0, 1, out=grey)
 
 
 def _laid_on_paper(picture: np.ndarray) -> np.ndarray:

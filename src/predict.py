@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import UserError
+from digit_image import FORMATS as PICTURES
 from digit_image import read_digit
 from vit_model import ViT
 
@@ -70,9 +71,9 @@ def list_images(names: list[str]) -> list[str]:
 
 
 def _looks_like_image(path: Path) -> bool:
-    """Whether it is no hidden file, and named as those that Pillow reads."""
+    """Whether it is no hidden file, and named as those that are read."""
     form = Image.registered_extensions().get(path.suffix.lower())
-    return form in Image.OPEN and not path.name.startswith(".") and path.is_file()
+    return form in PICTURES and not path.name.startswith(".") and path.is_file()
 
 
 def read_images(names: list[str]) -> list[np.ndarray | UserError]:

@@ -479,8 +479,8 @@ def _split_todo(todo_path: str | Path) -> tuple[list[str], list[str], list[str],
     lines = text.split(newline)
     bare = [line.rstrip("\r") for line in lines]  # where the ends of lines are mixed
     if TODO_HEADER[0] not in bare:
-        heading = [] if TODO_HEADING in bare else [TODO_HEADING]
-        return [*lines, *heading, ""], [], [""], newline
+        heading = "" if TODO_HEADING in bare else TODO_HEADING
+        return [*lines, heading, ""], [], [""], newline
     start = end = bare.index(TODO_HEADER[0]) + 1
     while end < len(lines) and lines[end].startswith("|"):
         end += 1

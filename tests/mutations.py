@@ -132,7 +132,9 @@ def rezipped(whole: bytes, plan: list[tuple[str, int, Edits]]) -> bytes:
             case "twice":
                 entries.append([entry[0], edited(entry[1], edits), entry[2]])
             case "rename":
-                entry[0] = edited(entry[0].encode(), edits).decode("latin-1") or "x"
+                entry[0] = (
+                    edited(entry[0].encode(), edits).decode("latin-1").replace("\0", "") or "x"
+                )
             case "deflate":
                 entry[2] = zipfile.ZIP_DEFLATED
     return zipped(entries)

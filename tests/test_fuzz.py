@@ -12,6 +12,7 @@ What once broke something stands beside each target as an example of its own.
 """
 
 import gzip
+import inspect
 import io
 import os
 import pickle
@@ -490,7 +491,7 @@ PICTURES = pictures()
 def check_image(content: bytes, path: Path) -> str | None:
     """Read it: the error's text, or None for a digit."""
     path.write_bytes(content)
-    with bounded(memory=1200 << 20):
+    with bounded(memory=800 << 20):
         try:
             digit = digit_image.read_digit(path)
         except UserError as error:
@@ -549,23 +550,19 @@ def tiff_that_claims(tag: int, value: int) -> bytes:
 
 IMAGE_BOMBS = {
     "claims 10^9 a side": lambda: png(10**9, 10**9, 8, 0, zeros(100)),
+    "claims 10,000 a side": lambda: png(10_000, 10_000, 8, 2, zeros(100)),
     "claims 2^31 - 1 by 1": lambda: png(2**31 - 1, 1, 8, 0, zeros(100)),
     "no pixels": lambda: png(0, 0, 8, 0, zeros(100)),
-    "largest, black and white": lambda: png(10_000, 10_000, 1, 0, zeros(10_000 * 1251)),
-    "largest, grey": lambda: png(10_000, 10_000, 8, 0, zeros(10_000 * 10_001)),
-    "largest, 16 bits": lambda: png(10_000, 10_000, 16, 0, zeros(10_000 * 20_001)),
-    "largest, colours and alpha": lambda: png(10_000, 10_000, 8, 6, zeros(10_000 * 40_001)),
-    "largest, 16-bit colours": lambda: png(10_000, 10_000, 16, 2, zeros(10_000 * 60_001)),
-    "pixels past the end": lambda: png(28, 28, 8, 0, zeros(1 << 29)),
-    "text": lambda: png(28, 28, 8, 0, zeros(28 * 29), b"zTXtx\0\0" + zeros(1 << 29)),
-    "texts": lambda: png(28, 28, 8, 0, zeros(784 + 28), *[b"zTXtx\0\0" + zeros(1 << 20)] * 500),
-    "profile": lambda: png(28, 28, 8, 0, zeros(28 * 29), b"iCCPx\0\0" + zeros(1 << 29)),
-    "international text": lambda: png(
-        28, 28, 8, 0, zeros(28 * 29), b"iTXtx\0\1\0\0\0" + zeros(1 << 29)
-    ),
+    "largest, 16 bits": lambda: png(10_000, 5_000, 16, 0, zeros(5_000 * 20_001)),
+    "largest, colours and alpha": lambda: png(10_000, 5_000, 8, 6, zeros(5_000 * 40_001)),
+    "largest, 16-bit colours": lambda: png(10_000, 5_000, 16, 2, zeros(5_000 * 60_001)),
+    "pixels past the end": lambda: png(28, 28, 8, 0, zeros(1 << 28)),
+    "text": lambda: png(28, 28, 8, 0, zeros(28 * 29), b"zTXtx\0\0" + zeros(1 << 28)),
+    "texts": lambda: png(28, 28, 8, 0, zeros(784 + 28), *[b"zTXtx\0\0" + zeros(1 << 20)] * 100),
+    "profile": lambda: png(28, 28, 8, 0, zeros(28 * 29), b"iCCPx\0\0" + zeros(1 << 28)),
     "exif": lambda: png(28, 28, 8, 0, zeros(28 * 29), b"eXIf" + b"II*\0\x08\0\0\0\xff\xff" * 9),
     "many frames": lambda: saved(
-        Image.new("P", (20, 20)), "GIF", save_all=True, append_images=[Image.new("P", (9, 9))] * 500
+        Image.new("P", (20, 20)), "GIF", save_all=True, append_images=[Image.new("P", (9, 9))] * 100
     ),
     "float, largest": lambda: saved(
         Image.fromarray(np.zeros((10_000, 5_000), np.float32)), "TIFF", compression="tiff_deflate"
@@ -648,6 +645,7 @@ def rows_of(content: bytes) -> list[list[str]]:
 
 
 @given(content=TODOS, epoch=st.integers(1, 4), epochs=st.integers(1, 4), reset=st.booleans())
+@example(content=b"## Training progress\n\nData set: mnist", epoch=1, epochs=1, reset=True)
 @example(content=b"# Mine\r\n\r\ntext\r\n", epoch=1, epochs=2, reset=True)
 def test_todo_files_keep_what_is_not_ours(folder, content, epoch, epochs, reset):
     path = folder.parent / "TODO.md"
@@ -691,6 +689,7 @@ SCALARS = st.sampled_from(
     "'inf' 'triangular2' '0.9**epoch' '9**9**epoch' '1/epoch' 'epoch' [] [1] [1,2] (0.9,0.999) () "
     "[0.1]*10 {} {1:2} lambda:1 lambda\tx:x lambda\tepoch:1/epoch (yield) *[1] f'{x}' b'a'".split()
 )
+USUAL = ["1", "3", "0.5", "1e-3", "[1, 2]", "[2]", "'0.9 ** epoch'", "[StepLR(2), LinearLR(0.5)]"]
 PARAMETERS = sorted(
     {
         parameter
@@ -720,14 +719,20 @@ def one_call(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 
 
 def fitting_call(classes: calls.Classes) -> st.SearchStrategy[str]:
-    """Names with parameters that they have."""
+    """Names with parameters that they have, most of them with values that serve."""
+
+    def value(parameter: inspect.Parameter) -> st.SearchStrategy[str]:
+        default = parameter.default
+        usual = st.sampled_from(USUAL) if default is parameter.empty else st.just(repr(default))
+        return st.integers(0, 9).flatmap(lambda n: SCALARS if n == 0 else usual)
 
     def of(cls: type) -> st.SearchStrategy[str]:
-        known = list(calls.signature_of(cls).parameters)
-        pairs = st.lists(
-            st.tuples(st.sampled_from(known), SCALARS), max_size=4, unique_by=lambda pair: pair[0]
+        known = calls.signature_of(cls).parameters.items()
+        needed = {name: value(p) for name, p in known if p.default is p.empty}
+        others = {name: value(p) for name, p in known if name not in needed}
+        return st.fixed_dictionaries(needed, optional=others).map(
+            lambda given: f"{cls.__name__}({', '.join(map('='.join, given.items()))})"
         )
-        return pairs.map(lambda each: f"{cls.__name__}({', '.join(map('='.join, each))})")
 
     return st.sampled_from([cls for each in classes.values() for cls in each]).flatmap(of)
 
@@ -735,11 +740,10 @@ def fitting_call(classes: calls.Classes) -> st.SearchStrategy[str]:
 SYMBOLS = st.text(alphabet="()[]{}'\"\\,=*-+/%~@.: \n\0019eAxλ", max_size=60)
 GALLERY = st.sampled_from([text for text, _ in optim.GALLERY])
 TEXTS = (
-    st.recursive(SCALARS | st.sampled_from(NAMES), one_call, max_leaves=6)
-    | fitting_call(OPTIMIZERS)
+    fitting_call(OPTIMIZERS)
     | fitting_call(SCHEDULERS)
+    | st.recursive(SCALARS | st.sampled_from(NAMES), one_call, max_leaves=6)
     | SYMBOLS
-    | st.text(max_size=40)
     | st.tuples(GALLERY, EDITS).map(
         lambda pair: edited(pair[0].encode(), pair[1]).decode("latin-1")
     )
