@@ -133,7 +133,7 @@ def test_a_file_gives_the_classes_that_python_gives(exported, checkpoint, flags)
     if "--raw_input" in flags:
         assert np.abs(outputs - expected).max() < (0.2 if "int8" in flags else 5e-3)
     same = (outputs.argmax(1) == expected.argmax(1)).sum()
-    assert same >= (0.98 * len(labels) if "int8" in flags else len(labels))
+    assert same >= (0.95 * len(labels) if "int8" in flags else len(labels))
     before, after = (100 * (o.argmax(1) == labels).mean() for o in (expected, outputs))
     size = f"{result.path.stat().st_size / 1e6:.2f} MB"
     assert re.search(rf"^size +\S+ MB +{size}$", result.printed, re.M)
