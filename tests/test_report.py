@@ -362,7 +362,8 @@ def test_text_from_files_is_shown_and_never_taken_for_markup(tmp_path, write):
 def test_class_names_from_a_stranger_can_be_drawn(run, tmp_path, drawn):
     config = small(depth=1)
     about = {**PUBLISHED, "dataset": "digits", "model_config": config}
-    about["class_names"] = [HOSTILE, "_2", "\n", "$a_b_c$", "x" * 10_000, "漢", *"6789"]
+    hostile = "<img src=x onerror=alert(1)> | [a](http://example.com) $"
+    about["class_names"] = [hostile, "_2", " ", "$a_b_c$", "x" * 100, "漢", *"6789"]
     save(tmp_path / "odd.pt", ViT(**config), **about)
     for mode in ("confusion", "embeddings"):
         assert run(inference.main, "--mode", mode, "--checkpoint", "odd.pt").status == 0
