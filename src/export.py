@@ -303,7 +303,9 @@ def compare(exported: Exported, precision: str, name: str, test: Split | None) -
         UserError: an output differs from PyTorch's by more than `TOLERANCE`, or the test accuracy
             is lower by more than `MAX_LOSS`.
     """
-    advice = "not written; export it without --half and --quantize"
+    advice = "not written"
+    if precision != "fp32":
+        advice += "; export it without --half and --quantize"
     notes = []
     if precision in TOLERANCE:
         difference = exported.largest_difference()

@@ -44,10 +44,7 @@ class Task:
             names = ", ".join(DATASET_SETTINGS)
             raise UserError(f"the checkpoint is for data set {name!r}, not {names}")
         if (config["img_size"], config["in_chans"]) != (28, 1):
-            raise UserError(
-                f"{self.args.checkpoint} takes images of {config['in_chans']}x{config['img_size']}x"
-                f"{config['img_size']}, expected 1x28x28"
-            )
+            raise UserError(f"{self.args.checkpoint} takes other images than {name}'s 1x28x28")
         return load_dataset(name, self.args.data_dir)
 
     def test_loader(self) -> BatchLoader:
