@@ -36,7 +36,7 @@ def attention_weights(model: ViT, images: Tensor) -> Tensor:
     """
     weights = []
     with _evaluating(model):
-        x = _embed(model, images)
+        x = model.embed(images)
         for block in model.blocks:
             weights.append(_weights(block.attn, block.norm1(x)))
             x = block(x)
@@ -85,14 +85,6 @@ def _weights(attn: Attention, x: Tensor) -> Tensor:
     return (q * width**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
 
 
-def _embed(model: ViT, images: Tensor) -> Tensor:
-    """The tokens (B, T, D) that the first block reads, as in ViT's forward."""
-    x = model.patch_embed(images)  # (B, N, D)
-    if model.pool == "cls":
-        x = torch.cat((model.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-    return model.pos_drop(x + model.pos_embed)
-
-
 @contextmanager
 def _evaluating(model: ViT) -> Iterator[None]:
     training = model.training
@@ -104,19 +96,6 @@ def _evaluating(model: ViT) -> Iterator[None]:
 
 
 # -------------------------------------------------------------------------- a model on a test set
-
-
-@torch.no_grad()
-def features(model: ViT, images: Tensor) -> Tensor:
-    """What the head reads: CLS, or the tokens' mean, after the last norm; without dropout.
-
-    Shape: normalised images (B, C, img_size, img_size) -> (B, D).
-    """
-    with _evaluating(model):
-        x = _embed(model, images)
-        for block in model.blocks:
-            x = block(x)
-        return model.norm(x[:, 0]) if model.pool == "cls" else model.norm(x).mean(dim=1)
 
 
 @dataclass(frozen=True)
@@ -147,9 +126,11 @@ class Outputs:
 def outputs(model: ViT, loader: BatchLoader) -> Outputs:
     """Run a model over all images of a loader, on its device, in fp32 and without dropout."""
     parts = []
-    for images, labels in tqdm(loader, desc="test images", unit="batch", leave=False, disable=None):
-        read = features(model, images)
-        parts.append((read, model.head(read).softmax(dim=1), labels))
+    bar = tqdm(loader, desc="test images", unit="batch", leave=False, disable=None)
+    with _evaluating(model):
+        for images, labels in bar:
+            read = model.features(images)
+            parts.append((read, model.head(read).softmax(dim=1), labels))
     return Outputs(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
 
 

@@ -722,6 +722,7 @@ def train(
         "avg_time_per_epoch": f"{total_seconds / settings['epochs']:.2f}",
         "best_val_acc": f"{best_acc:.2f}",
         "test_acc": f"{test_acc:.2f}",
+        "test_top5": f"{test_top5:.2f}",
         "dataset": dataset.name,
     }
     if world.leads:

@@ -220,16 +220,23 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
+        """The tokens that the first block reads: (B, in_chans, img_size, img_size) -> (B, T, D)."""
         x = self.patch_embed(x)  # (B, N, D)
         if self.pool == "cls":
             cls = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
             x = torch.cat((cls, x), dim=1)
-        x = self.pos_drop(x + self.pos_embed)  # (B, T, D)
+        return self.pos_drop(x + self.pos_embed)  # (B, T, D)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head reads: (B, in_chans, img_size, img_size) -> (B, D)."""
+        x = self.embed(x)  # (B, T, D)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x[:, 0]) if self.pool == "cls" else self.norm(x).mean(dim=1)  # (B, D)
-        return self.head(x)  # (B, num_classes)
+        return self.norm(x[:, 0]) if self.pool == "cls" else self.norm(x).mean(dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))  # (B, num_classes)
 
 
 def count_parameters(model: nn.Module) -> int:
