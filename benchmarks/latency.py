@@ -6,7 +6,6 @@ does not depend on them.
 """
 
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,24 +14,8 @@ import torch
 
 import cli
 from checkpoint import load_checkpoint
+from export import onnx_session, to_bytes, to_onnx
 from vit_model import ViT
-
-IMAGE = {"img_size": 28, "in_chans": 1}
-
-
-def onnx_session(model: ViT, threads: int) -> Callable[[torch.Tensor], object]:
-    """The exported network as a function, on the CPU."""
-    import onnxruntime
-
-    from export import export_onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        export_onnx(model, IMAGE, {}, path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["output"], {"input": images.numpy()})
 
 
 def main() -> None:
@@ -50,7 +33,7 @@ def main() -> None:
     model = load_checkpoint(args.checkpoint)[0] if args.checkpoint else ViT().eval()
     runtimes: dict[str, Callable] = {}
     if device.type == "cpu":  # the GPU's build of ONNX Runtime is none of our packages
-        runtimes["ONNX Runtime"] = onnx_session(model, args.threads)
+        runtimes["ONNX Runtime"] = onnx_session(to_bytes(to_onnx(model, torch.zeros(2, 1, 28, 28))))
     model = model.to(device)
     runtimes = {"eager": model, "compiled": torch.compile(model, dynamic=False), **runtimes}
 

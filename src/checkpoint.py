@@ -34,6 +34,9 @@ PUBLISHED = {
 CHECKSUM = b"sha256:"  # before 64 hexadecimal digits
 PUBLISHED_NUM_HEADS = 4  # the one size that can't be read off a tensor
 
+OWN_CHECKPOINT = Path("checkpoints/best_model.pt")  # where train.py, run here, leaves its model
+PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "pretrained" / "best_model.pt"
+
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
@@ -42,6 +45,23 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
     }
+
+
+def find_checkpoint(given: str | Path | None = None) -> Path:
+    """The checkpoint to use: the one `given`, else the current folder's, else the pretrained one.
+
+    Raises:
+        UserError: none is given, and neither of the others is there.
+    """
+    if given is not None:
+        return Path(given)
+    for path in (OWN_CHECKPOINT, PRETRAINED):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"there is no checkpoint, neither {OWN_CHECKPOINT} here nor the pretrained {PRETRAINED}: "
+        "train first, or name one with --checkpoint"
+    )
 
 
 def save_checkpoint(

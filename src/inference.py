@@ -1,7 +1,6 @@
 """Use a trained model: picture its predictions, score it, export it, read one's own digits."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from tqdm import tqdm
 
 import cli
 import explain
+import export
 import figures
-from checkpoint import load_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint
 from cli import UserError
-from export import export_onnx
-from files import check_writable, write_json
+from files import check_writable, replacing, write_json
 from model_report import write_report
 from predict import FORMATS, answer, list_images, read_images, show
 from recipes import DATASET_SETTINGS
-from utils import BatchLoader, evaluate, load_dataset
+from utils import BatchLoader, Dataset, evaluate, load_dataset
 from vit_model import ViT
 
 
@@ -38,13 +37,22 @@ class Task:
     checkpoint: dict[str, Any]
     device: torch.device
 
-    def test_loader(self) -> BatchLoader:
-        """The test set that the model was made for, normalised as in its training."""
-        name = self.checkpoint["dataset"]
+    def dataset(self) -> Dataset:
+        """The data set that the model was made for. Raises UserError if it can't be had."""
+        name, config = self.checkpoint["dataset"], self.checkpoint["model_config"]
         if name not in DATASET_SETTINGS:
             names = ", ".join(DATASET_SETTINGS)
             raise UserError(f"the checkpoint is for data set {name!r}, not {names}")
-        split = load_dataset(name, self.args.data_dir).test.to(self.device)
+        if (config["img_size"], config["in_chans"]) != (28, 1):
+            raise UserError(
+                f"{self.args.checkpoint} takes images of {config['in_chans']}x{config['img_size']}x"
+                f"{config['img_size']}, expected 1x28x28"
+            )
+        return load_dataset(name, self.args.data_dir)
+
+    def test_loader(self) -> BatchLoader:
+        """The test set that the model was made for, normalised as in its training."""
+        split = self.dataset().test.to(self.device)
         return BatchLoader(split, 500, **self.checkpoint["normalization"])
 
     @cached_property
@@ -220,20 +228,28 @@ def score(task: Task) -> None:
     write_json(task.args.output, {"checkpoint": task.args.checkpoint, **result})
 
 
-def onnx(task: Task) -> None:
-    """Export to ONNX."""
-    normalization = task.checkpoint["normalization"]
-    # What a user of the file has to know, and can read from it.
-    metadata = {
-        "dataset": task.checkpoint["dataset"],
-        "class_names": json.dumps(task.checkpoint["class_names"]),
-        "input": "(pixel / 255 - mean) / std, light on black",
-        "mean": str(normalization["mean"]),
-        "std": str(normalization["std"]),
-    }
-    config = task.checkpoint["model_config"]
-    largest = export_onnx(task.model.cpu(), config, metadata, task.args.output)
-    print(f"largest difference from PyTorch on batches of 1, 7 and 128: {largest:.1e}")
+def export_file(task: Task) -> None:
+    """Write the model as a file that runs without this project, once it does as well."""
+    args = task.args
+    precision = "fp16" if args.half else "int8" if args.quantize == "int8" else "fp32"
+    try:
+        dataset = task.dataset()
+    except UserError as error:
+        if precision == "int8":
+            raise UserError(f"--quantize int8 is set by training images: {error}") from None
+        print(f"note: the test accuracy is not measured: {error}", file=sys.stderr)
+        dataset = None
+    exported = export.export(
+        task.model.cpu(),
+        task.checkpoint,
+        mode=args.mode,
+        precision=precision,
+        raw_input=args.raw_input,
+        calibration=dataset and dataset.train.images[: export.CALIBRATION_IMAGES],
+    )
+    print(export.compare(exported, precision, args.output.name, dataset and dataset.test))
+    with replacing(args.output) as temporary:
+        temporary.write_bytes(exported.content)
 
 
 def read_digits(task: Task) -> None:
@@ -265,7 +281,8 @@ MODES = {
     "calibration": Mode("confidence, accuracy", "./outputs/calibration.png", picture),
     "report": Mode("a page with all pictures", "./outputs/report.html", report),
     "evaluate": Mode("score on the test set", "./outputs/evaluation.json", score),
-    "onnx": Mode("export", "./outputs/vit_mnist.onnx", onnx),
+    "onnx": Mode("export to ONNX", "./outputs/vit_mnist.onnx", export_file),
+    "torch_export": Mode("export with torch.export", "./outputs/vit_mnist.pt2", export_file),
     "predict": Mode("your own images", "./outputs/predictions.json", read_digits),
 }
 
@@ -281,7 +298,11 @@ def parse_args() -> argparse.Namespace:
         choices=list(MODES),
         help="; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()),
     )
-    parser.add_argument("--checkpoint", default="./checkpoints/best_model.pt", help="trained model")
+    parser.add_argument(
+        "--checkpoint",
+        help="trained model; None: ./checkpoints/best_model.pt if it is there, else the pretrained "
+        "one of this repository",
+    )
     parser.add_argument(
         "--image",
         nargs="+",
@@ -311,7 +332,9 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_data_dir(parser)
     cli.add_device(parser)
+    export.add_flags(parser)
     args = parser.parse_args()
+    export.check_flags(args)
     if (args.mode == "predict") != (args.image is not None):
         raise UserError("--mode predict and --image FILE go together: give both or neither")
     if args.mode != "predict" and args.format != "text":
@@ -331,12 +354,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = cli.choose_device(args.device)
+    args.checkpoint = str(find_checkpoint(args.checkpoint))
     model, checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["model_config"]
-    if args.mode != "onnx" and (config["img_size"], config["in_chans"]) != (28, 1):
+    if args.mode not in export.MODES and (config["img_size"], config["in_chans"]) != (28, 1):
         raise UserError(
             f"{args.checkpoint} takes images of {config['in_chans']}x{config['img_size']}x"
-            f"{config['img_size']}, expected 1x28x28: only --mode onnx serves it"
+            f"{config['img_size']}, expected 1x28x28: only {' and '.join(export.MODES)} serve it"
         )
     check_writable(args.output)
     trained = f"{checkpoint['dataset']}, epoch {checkpoint['epoch']}"

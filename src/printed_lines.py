@@ -22,6 +22,9 @@ def without_lines(ink: np.ndarray) -> np.ndarray:
     Args:
         ink: float32 (H, W), the share of the paper's brightness that is missing.
     """
+    edges = ink[[0, -1]].max(), ink[:, [0, -1]].max()
+    if max(edges) < LEAST_STRENGTH:  # a drawing: most of the time would go into a vain search
+        return ink
     return _without_rows(_without_rows(ink).T).T
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import files
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from cli import UserError
 from vit_model import ViT
 
@@ -168,3 +169,25 @@ def test_an_interrupt_waits_for_files_that_belong_together(tmp_path):
         pytest.fail("the interrupt was lost")
     assert (tmp_path / "second").read_text() == "whole"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# ------------------------------------------------------------------------------ which one is used
+
+
+def test_ones_own_model_goes_before_the_pretrained_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretrained = tmp_path / "elsewhere" / "best_model.pt"
+    monkeypatch.setattr(checkpoint, "PRETRAINED", pretrained)
+    assert find_checkpoint("named.pt") == Path("named.pt")
+    with pytest.raises(UserError, match=r"best_model\.pt.*train first.*--checkpoint"):
+        find_checkpoint()
+    for path in (pretrained, tmp_path / "checkpoints" / "best_model.pt"):
+        path.parent.mkdir()
+        path.write_bytes(b"a model")
+        assert find_checkpoint().resolve() == path
+
+
+def test_the_pretrained_model_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where = checkpoint.PRETRAINED.relative_to(Path(__file__).parents[1])
+    assert where.as_posix() == "checkpoints/pretrained/best_model.pt"

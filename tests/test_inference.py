@@ -1,4 +1,4 @@
-"""Using a trained model: scoring, pictures, export."""
+"""Using a trained model: scoring and pictures."""
 
 import json
 import re
@@ -6,15 +6,12 @@ import subprocess
 import sys
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
 from matplotlib.image import imread
 from PIL import Image
 
-import export
 import figures
 import inference
 from utils import load_digits, load_mnist
@@ -72,7 +69,7 @@ def test_a_published_checkpoint_scores_as_it_did(run, tmp_path):
     assert hits > 5000 and f"Test Acc: {hits / 100:.2f} %" in result.out
 
 
-# ----------------------------------------------------------------------------------- pictures, ONNX
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_visualize_draws_sixteen_test_images(run, tmp_path, checkpoint):
@@ -114,33 +111,6 @@ def test_the_chain_of_commands_from_training_to_export(tmp_path):
     written = {path.name for path in (tmp_path / "outputs").iterdir()}
     pictures = {"training_curves.png", "predictions.png"}
     assert written == pictures | {"vit_mnist.onnx", "predictions.json"}
-
-
-def test_onnx_is_one_file_with_a_free_batch_axis(run, tmp_path, checkpoint):
-    result = run(inference.main, "--mode", "onnx", "--checkpoint", checkpoint)
-    assert result.status == 0
-    difference = re.search(r"batches of 1, 7 and 128: (\S+)", result.out)[1]
-    assert float(difference) <= 1e-4
-    assert [p.name for p in (tmp_path / "outputs").iterdir()] == ["vit_mnist.onnx"]
-    exported = onnx.load(tmp_path / "outputs" / "vit_mnist.onnx")
-    assert [node.name for node in exported.graph.input] == ["input"]
-    assert [node.name for node in exported.graph.output] == ["output"]
-    session = onnxruntime.InferenceSession(exported.SerializeToString())
-    metadata = session.get_modelmeta().custom_metadata_map
-    assert metadata["dataset"] == "digits" and float(metadata["mean"]) > 0
-    assert json.loads(metadata["class_names"]) == list("0123456789")
-    for batch in (1, 3, 200):
-        images = np.zeros((batch, 1, 28, 28), dtype=np.float32)
-        assert session.run(None, {"input": images})[0].shape == (batch, 10)
-
-
-def test_an_export_that_differs_is_not_written(run, tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(export, "ONNX_TOLERANCE", 0.0)
-    (tmp_path / "old.onnx").write_text("old")
-    flags = ("--mode", "onnx", "--checkpoint", checkpoint, "--output", "old.onnx")
-    assert_one_error_line(run(inference.main, *flags), "differ", "not written")
-    assert (tmp_path / "old.onnx").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["old.onnx"]
 
 
 # ----------------------------------------------------------------------------------------- errors

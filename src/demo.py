@@ -1,0 +1,90 @@
+"""A web page to draw a digit on: what the network reads, what it received, where it looked."""
+
+import argparse
+import socket
+from ipaddress import ip_address
+
+import torch
+from PIL import Image
+
+import cli
+from checkpoint import find_checkpoint, load_checkpoint
+from cli import UserError
+
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+MAX_PIXELS = 25_000_000  # of a picture: a file of some kilobytes may unpack to gigabytes
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint",
+        help="trained model (default: ./checkpoints/best_model.pt, or if there is none the "
+        "pretrained one of this repository)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve on: 127.0.0.1 for this computer alone, 0.0.0.0 for its networks",
+    )
+    parser.add_argument(
+        "--port", type=cli.integer(0, 65535), default=7860, help="port to serve on; 0: any free one"
+    )
+    cli.add_device(parser)
+    return parser.parse_args()
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError if the address or the port can't be had."""
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except (socket.gaierror, UnicodeError):
+        raise UserError(
+            f"--host {host}: expected an address or a name of this computer, such as 127.0.0.1"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"port {port} of {host} cannot be opened ({error.strerror}); give another --port, or a "
+            "--host that is this computer"
+        ) from None
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        from demo_app import make_app, serve
+    except ModuleNotFoundError as error:  # an extra, since the other scripts do without
+        raise UserError(
+            f"the page needs the package {error.name}: start it with python3 launch.py demo.py, "
+            'which installs it, or run pip install ".[demo]" first'
+        ) from None
+    device = cli.choose_device(args.device)
+    path = find_checkpoint(args.checkpoint)
+    model, checkpoint = load_checkpoint(path)
+    config = checkpoint["model_config"]
+    if (config["img_size"], config["in_chans"]) != (28, 1):
+        raise UserError(
+            f"{path} takes images of {config['in_chans']}x{config['img_size']}x"
+            f"{config['img_size']}, expected 1x28x28"
+        )
+    with open_socket(args.host, args.port) as listener:
+        torch.set_num_threads(1)  # one digit is too little work to share
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what has twice as many
+        address, port = listener.getsockname()[:2]
+        local = ip_address(address).is_loopback
+        app = make_app(model.to(device), checkpoint, LOOPBACK_NAMES if local else ("*",))
+        shown = "localhost" if ip_address(address).is_unspecified else args.host
+        print(f"checkpoint: {path}")
+        print(f"page:       http://{f'[{shown}]' if ':' in shown else shown}:{port}/", flush=True)
+        if not local:
+            print("open to every computer that reaches this one")
+        print("Ctrl-C ends it", flush=True)
+        serve(app, listener)
+    print("ended")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,337 @@
+"use strict";
+
+const MAX_MB = 10; // of an uploaded file, as in demo_app.py
+const BRUSH = 0.085; // the stroke's width, of the drawing's side
+const SENT_SIDE = 300; // pixels of the drawing as the server gets it, on every screen
+const MARGIN = 10; // of them on each side stay white, so that what is drawn up to the edge is no printed line
+const LIVE_MS = 100; // from one question to the next while a stroke goes on
+const EXAMPLE_MS = 450; // to draw an example's stroke
+// Matplotlib's cividis at equal steps: even steps to the eye, with any colour vision.
+const CIVIDIS = [[0, 34, 78], [26, 56, 111], [67, 78, 108], [97, 101, 111], [125, 124, 120],
+                 [155, 148, 118], [188, 174, 108], [222, 201, 88], [254, 232, 56]];
+const COVER = 0.6; // how much of the image the attention's colour covers
+
+const element = (id) => document.getElementById(id);
+const drawing = element("drawing");
+const INVITATION = "Draw a digit first: the answer stands here.";
+let strokes = []; // each a list of points [x, y], 0 to 1
+let picture = null; // an uploaded one
+let finished = false; // an example or upload: the next stroke begins a new drawing
+let sheet = 0; // number of the drawing: a cleared one is another
+let pen = null; // the pointer that draws
+let asked = 0; // number of the last question
+let shown = 0; // number of the question whose answer stands on the page
+let open = 0; // questions without an answer yet
+let askedAt = 0;
+let classNames = [];
+
+// ---- drawing ------------------------------------------------------------------------------------
+
+function trace(context, stroke, side) {
+  context.beginPath();
+  context.moveTo(stroke[0][0] * side, stroke[0][1] * side);
+  for (let i = 1; i < stroke.length - 1; i++) { // a curve through the middles is smooth
+    const [[x, y], [nextX, nextY]] = [stroke[i], stroke[i + 1]];
+    context.quadraticCurveTo(x * side, y * side, (x + nextX) / 2 * side, (y + nextY) / 2 * side);
+  }
+  const [x, y] = stroke.at(-1);
+  context.lineTo(x * side, y * side + 0.01); // of no length at all it would leave no dot
+  context.stroke();
+}
+
+function paint(context, side, ink) {
+  Object.assign(context, { strokeStyle: ink, lineWidth: BRUSH * side, lineCap: "round", lineJoin: "round" });
+  for (const stroke of strokes) trace(context, stroke, side);
+}
+
+function redraw() {
+  const side = Math.round(drawing.clientWidth * devicePixelRatio);
+  drawing.width = drawing.height = side;
+  const context = drawing.getContext("2d");
+  if (picture) {
+    const scale = side / Math.max(picture.width, picture.height);
+    const [width, height] = [picture.width * scale, picture.height * scale];
+    context.drawImage(picture, (side - width) / 2, (side - height) / 2, width, height);
+  }
+  paint(context, side, getComputedStyle(drawing).color);
+  const empty = !strokes.length && !picture;
+  element("hint").hidden = !empty;
+  element("undo").disabled = element("clear").disabled = empty;
+}
+
+/**
+ * The drawing as a picture file, dark on light whatever the colours of the page: a PGM file, since
+ * toBlob writes a PNG file when the browser is idle, and that may be a second later.
+ */
+function drawnPicture() {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = SENT_SIDE;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.fillStyle = "white";
+  context.fillRect(0, 0, SENT_SIDE, SENT_SIDE);
+  const side = SENT_SIDE - 2 * MARGIN;
+  context.translate(MARGIN, MARGIN);
+  context.rect(0, 0, side, side);
+  context.clip();
+  paint(context, side, "black");
+  const { data } = context.getImageData(0, 0, SENT_SIDE, SENT_SIDE); // red, green, blue, alpha, ...
+  const grey = Uint8Array.from({ length: SENT_SIDE ** 2 }, (_, i) => data[4 * i]);
+  return new Blob([`P5 ${SENT_SIDE} ${SENT_SIDE} 255\n`, grey]);
+}
+
+function clear() {
+  strokes = [];
+  picture = null;
+  pen = null;
+  finished = false;
+  sheet++;
+  shown = ++asked; // answers on their way are of no interest any more
+  redraw();
+  showNothing(INVITATION);
+}
+
+function undo() {
+  if (pen !== null) return;
+  if (picture || strokes.length < 2) return clear();
+  strokes.pop();
+  redraw();
+  askAboutDrawing(performance.now());
+}
+
+// ---- asking -------------------------------------------------------------------------------------
+
+function askAboutDrawing(since, final = true) {
+  askedAt = performance.now();
+  return ask(drawnPicture(), since, final);
+}
+
+/** Send a picture; show the answer unless a later one stands there already. */
+async function ask(body, since, final = true) {
+  const number = ++asked;
+  open++;
+  let answer;
+  try {
+    const response = await fetch("predict", { method: "POST", body });
+    answer = await response.json();
+  } catch {
+    answer = { error: "No answer came. Is demo.py still running?" };
+  }
+  open--;
+  if (number <= shown || (answer.error && !final)) return;
+  shown = number;
+  if (answer.error) {
+    if (picture) { [picture, finished] = [null, false]; redraw(); }
+    return showNothing(answer.error, true);
+  }
+  showAnswer(answer, final, since);
+}
+
+// ---- showing ------------------------------------------------------------------------------------
+
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+function say(digit, words, more, state) {
+  element("digit").textContent = digit;
+  element("words").textContent = words;
+  element("more").textContent = more;
+  element("answer").className = state;
+}
+
+function showNothing(words, isError = false) {
+  words = words[0].toUpperCase() + words.slice(1);
+  say(isError ? "!" : "?", words, "", isError ? "error" : "idle");
+  element("status").textContent = isError ? words : "";
+  showBars(classNames.map(() => 0));
+  for (const id of ["received", "attention"]) {
+    element(id).getContext("2d").clearRect(0, 0, 28, 28);
+    element(id).ariaLabel = "Nothing yet";
+  }
+  [element("least").textContent, element("most").textContent] = ["less", "more"];
+}
+
+function showAnswer({ probabilities, received, attention }, final, since) {
+  const order = probabilities.map((_, i) => i).sort((a, b) => probabilities[b] - probabilities[a]);
+  const [best, second] = order.map((i) => ({ name: classNames[i], share: percent(probabilities[i]) }));
+  say(best.name, `Probability ${best.share}`, second ? `next: ${second.name} with ${second.share}` : "", "");
+  showBars(probabilities);
+  showImage(received);
+  showAttention(received, attention);
+  if (!final) return;
+  element("status").textContent = `This looks like ${best.name}, with ${best.share}.`;
+  requestAnimationFrame(() => setTimeout(() => { // once it is painted
+    const { duration } = performance.measure("answer", { start: since });
+    element("more").textContent += ` · answered in ${Math.round(duration)} ms`;
+  }));
+}
+
+function showBars(probabilities) {
+  const best = Math.max(...probabilities);
+  probabilities.forEach((share, i) => {
+    const row = element("bars").children[i];
+    row.className = share > 0 && share === best ? "winner" : "";
+    row.querySelector("i").style.setProperty("--share", percent(share).replace(" ", ""));
+    row.querySelector("b").textContent = best ? percent(share) : "–";
+  });
+}
+
+/** Fill a canvas of 28x28 pixels with the colours [red, green, blue] of color(row, column). */
+function fill(canvas, color) {
+  const image = new ImageData(28, 28);
+  for (let i = 0; i < 28 * 28; i++) image.data.set([...color(Math.floor(i / 28), i % 28), 255], 4 * i);
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+function showImage(received) {
+  fill(element("received"), (row, column) => Array(3).fill(received[row][column]));
+  element("received").ariaLabel = `The ${element("digit").textContent}, white on black, as 28 by 28 pixels`;
+}
+
+function showAttention(received, attention) {
+  const side = attention.length;
+  const [least, most] = [Math.min(...attention.flat()), Math.max(...attention.flat())];
+  fill(element("attention"), (row, column) => {
+    const value = attention[Math.floor(row * side / 28)][Math.floor(column * side / 28)];
+    const color = cividis((value - least) / (most - least || 1));
+    return color.map((channel) => COVER * channel + (1 - COVER) * received[row][column]);
+  });
+  const strongest = attention.flat().indexOf(most);
+  element("attention").ariaLabel = `Attention on ${side} by ${side} patches, most in row ` +
+    `${Math.floor(strongest / side) + 1}, column ${strongest % side + 1}`;
+  [element("least").textContent, element("most").textContent] = [percent(least), percent(most)];
+}
+
+function cividis(value) {
+  const place = value * (CIVIDIS.length - 1);
+  const below = Math.min(Math.floor(place), CIVIDIS.length - 2);
+  return CIVIDIS[below].map((low, i) => low + (CIVIDIS[below + 1][i] - low) * (place - below));
+}
+
+async function showModel() {
+  const model = await (await fetch("model")).json();
+  classNames = model.class_names;
+  element("bars").replaceChildren(...classNames.map((name) => {
+    const row = document.createElement("li");
+    const parts = ["span", "i", "b"].map((tag) => document.createElement(tag));
+    parts[0].textContent = name;
+    row.append(...parts);
+    return row;
+  }));
+  element("about").textContent = `The model: ${model.parameters.toLocaleString("en")} parameters, trained on ` +
+    `${model.dataset}, ${model.validation.toFixed(2)} % right in validation. Pictures are not stored.`;
+  clear();
+}
+
+// ---- mouse, finger, pen -------------------------------------------------------------------------
+
+function place(event) {
+  const box = drawing.getBoundingClientRect();
+  return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+}
+
+drawing.addEventListener("pointerdown", (event) => {
+  if (!event.isPrimary || event.button !== 0) return;
+  if (finished) clear();
+  drawing.setPointerCapture(event.pointerId);
+  pen = event.pointerId;
+  strokes.push([place(event)]);
+  redraw();
+});
+
+drawing.addEventListener("pointermove", (event) => {
+  if (event.pointerId !== pen) return;
+  const events = event.getCoalescedEvents?.() ?? [];
+  strokes.at(-1).push(...(events.length ? events : [event]).map(place));
+  redraw();
+  if (!open && performance.now() - askedAt > LIVE_MS) askAboutDrawing(performance.now(), false);
+});
+
+for (const end of ["pointerup", "pointercancel"]) {
+  drawing.addEventListener(end, (event) => {
+    if (event.pointerId !== pen) return;
+    pen = null;
+    askAboutDrawing(event.timeStamp);
+  });
+}
+
+// ---- buttons, examples, files -------------------------------------------------------------------
+
+element("clear").addEventListener("click", clear);
+element("undo").addEventListener("click", undo);
+document.addEventListener("keydown", (event) => {
+  if ((event.ctrlKey || event.metaKey) && event.key === "z") undo();
+});
+
+function points(path) {
+  const length = path.getTotalLength();
+  return Array.from({ length: 41 }, (_, i) => {
+    const { x, y } = path.getPointAtLength(length * i / 40);
+    return [x / 100, y / 100];
+  });
+}
+
+const nextFrame = () => new Promise(requestAnimationFrame);
+
+async function drawExample(paths) {
+  clear();
+  finished = true;
+  const mine = sheet;
+  const duration = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : EXAMPLE_MS;
+  for (const stroke of paths.map(points)) {
+    const begun = performance.now();
+    const [before, count] = [strokes, stroke.length];
+    for (let drawn = 1; drawn < count;) {
+      const share = duration ? (await nextFrame() - begun) / duration : 1;
+      if (sheet !== mine) return;
+      drawn = Math.max(1, Math.min(count, Math.round(share * count)));
+      strokes = [...before, stroke.slice(0, drawn)];
+      redraw();
+    }
+    askAboutDrawing(performance.now());
+  }
+}
+
+for (const button of document.querySelectorAll("#examples button")) {
+  button.addEventListener("click", () => drawExample([...button.querySelectorAll("path")]));
+}
+
+async function readFile(file) {
+  const since = performance.now();
+  clear();
+  if (file.size > MAX_MB * 2 ** 20) {
+    return showNothing(`This file has ${Math.round(file.size / 2 ** 20)} MB, expected at most ${MAX_MB} MB.`, true);
+  }
+  const mine = sheet;
+  const decoded = await createImageBitmap(file).catch(() => null); // the server may know more formats
+  if (sheet !== mine) return;
+  [picture, finished] = [decoded, true];
+  redraw();
+  await ask(file, since);
+}
+
+element("upload").addEventListener("click", () => element("file").click());
+element("file").addEventListener("change", ({ target }) => {
+  if (target.files.length) readFile(target.files[0]);
+  target.value = ""; // so that the same file may be chosen again
+});
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) readFile(event.clipboardData.files[0]);
+});
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  element("pad").classList.add("dropping");
+});
+for (const end of ["dragleave", "drop"]) {
+  document.addEventListener(end, () => element("pad").classList.remove("dropping"));
+}
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  if (event.dataTransfer.files.length) readFile(event.dataTransfer.files[0]);
+});
+
+// ---- start --------------------------------------------------------------------------------------
+
+element("legend").querySelector("i").style.background =
+  `linear-gradient(to right, ${CIVIDIS.map((color) => `rgb(${color})`)})`;
+new ResizeObserver(redraw).observe(element("pad"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+showModel().catch(() => showNothing("No answer came. Is demo.py still running?", true));

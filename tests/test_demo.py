@@ -1,0 +1,440 @@
+"""The web page: its server as a real process, and the page itself in a real Chromium."""
+
+import http.client
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_error_line
+from PIL import Image, ImageDraw
+
+import demo
+from checkpoint import PRETRAINED, load_checkpoint
+from digit_image import read_digit
+from explain import attention_weights, patch_map, rollout
+from predict import predict
+from utils import load_digits
+
+pytest.importorskip("starlette", reason="the page needs starlette and uvicorn")
+pytest.importorskip("uvicorn", reason="the page needs starlette and uvicorn")
+
+
+def start(folder: Path, *flags: object) -> SimpleNamespace:
+    """Start demo.py; `lines` are what it printed until it was ready, `port` is where."""
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "src" / "demo.py", "--device", "cpu", *map(str, flags)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Ctrl-C"):
+            break
+    port = re.search(r"http://127\.0\.0\.1:(\d+)/", "".join(lines))
+    assert port, (lines, process.communicate())
+    return SimpleNamespace(process=process, lines=lines, port=int(port[1]))
+
+
+def end(process: subprocess.Popen) -> SimpleNamespace:
+    """Press Ctrl-C; what it said after that, and its exit status."""
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    return SimpleNamespace(status=process.returncode, out=out, err=err)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(request) -> Path:
+    if PRETRAINED.is_file():
+        return PRETRAINED
+    return request.getfixturevalue("trained") / "checkpoints" / "best_model.pt"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, checkpoint):
+    started = start(tmp_path_factory.mktemp("demo"), "--port", 0, "--checkpoint", checkpoint)
+    yield started
+    started.process.kill()
+    started.process.communicate()
+
+
+def request(server, method: str, path: str, body=None, headers=None) -> SimpleNamespace:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request(method, path, body, headers or {})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return SimpleNamespace(
+        status=response.status,
+        headers=response.headers,
+        content=content,
+        data=json.loads(content) if "json" in response.headers["Content-Type"] else None,
+    )
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def drawn(*lines: list[tuple[int, int]]) -> bytes:
+    """A PNG file of black lines on a white square of 280 pixels."""
+    image = Image.new("L", (280, 280), 255)
+    for line in lines:
+        ImageDraw.Draw(image).line(line, fill=0, width=24, joint="curve")
+    return png(image)
+
+
+SEVEN = drawn([(80, 60), (200, 60), (120, 230)])
+
+
+# ------------------------------------------------------------------------------------- the server
+
+
+def test_the_page_is_served_and_refers_to_nothing_outside(server):
+    page = request(server, "GET", "/")
+    assert page.status == 200 and page.headers["Content-Type"].startswith("text/html")
+    names = re.findall(r'(?:src|href)="([^"]+)"', page.content.decode())
+    assert sorted(names) == ["icon.svg", "script.js", "style.css"]
+    for name in ("", *names):
+        file = request(server, "GET", f"/{name}")
+        assert file.status == 200
+        text = file.content.decode().replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?:|[\"'(]//|@import|cookie|localStorage", text), name
+        assert "default-src 'none'" in file.headers["Content-Security-Policy"]
+        assert file.headers["X-Content-Type-Options"] == "nosniff"
+        assert file.headers["Referrer-Policy"] == "no-referrer"
+        assert file.headers["Set-Cookie"] is None
+
+
+@pytest.mark.parametrize(
+    "path", ["/demo.py", "/../demo.py", "/demo_page/", "/index.html", "/%2e%2e/demo.py", "/docs"]
+)
+def test_nothing_but_the_page_is_served(server, path):
+    answer = request(server, "GET", path)
+    assert answer.status == 404 and answer.data == {"error": "Not Found"}
+
+
+def test_a_drawing_is_read_as_by_python(server, checkpoint):
+    model, about = load_checkpoint(checkpoint)
+    image = read_digit(io.BytesIO(SEVEN))
+    answer = request(server, "POST", "/predict", SEVEN).data
+    expected = predict(model, image[None], about["normalization"])[0]
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
+    np.testing.assert_array_equal(answer["received"], image)
+    mean, std = about["normalization"]["mean"], about["normalization"]["std"]
+    pixels = (torch.from_numpy(image / np.float32(255)).view(1, 1, 28, 28) - mean) / std
+    looked = patch_map(rollout(attention_weights(model, pixels)), model)[0]
+    np.testing.assert_allclose(answer["attention"], looked, atol=1e-6)
+
+
+def test_the_model_is_described(server, checkpoint):
+    model, about = load_checkpoint(checkpoint)
+    description = request(server, "GET", "/model").data
+    assert description["class_names"] == about["class_names"]
+    assert description["dataset"] == about["dataset"]
+    assert description["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_ten_clients_at_once_each_get_their_own_answer(server, checkpoint):
+    model, about = load_checkpoint(checkpoint)
+    pictures = [png(Image.fromarray(image[0].numpy())) for image in load_digits().test.images[:10]]
+    images = np.stack([read_digit(io.BytesIO(picture)) for picture in pictures])
+    expected = predict(model, images, about["normalization"])
+    assert len({tuple(row) for row in expected}) == 10
+
+    def ask_often(picture: bytes) -> list[list[float]]:
+        answers = [request(server, "POST", "/predict", picture).data for _ in range(5)]
+        return [answer["probabilities"] for answer in answers]
+
+    with ThreadPoolExecutor(10) as clients:
+        answers = np.array(list(clients.map(ask_often, pictures)))
+    np.testing.assert_allclose(answers, np.repeat(expected[:, None], 5, axis=1), atol=1e-6)
+
+
+def chunks(megabytes: int):
+    return (bytes(2**20) for _ in range(megabytes))
+
+
+@pytest.mark.parametrize(
+    ("make_body", "status", "words"),
+    [
+        (lambda: bytes(50 * 2**20), 413, "at most 10 MB"),
+        (lambda: chunks(50), 413, "at most 10 MB"),  # its length is not told before
+        (lambda: b"This is no picture.\n", 422, "give a PNG or JPEG"),
+        (lambda: drawn(), 422, "blank"),
+        (lambda: png(Image.new("1", (9_000, 9_000))), 422, "too large"),
+        (lambda: SEVEN[:200], 422, "damaged"),
+        (lambda: b"", 400, "expected the bytes of an image"),
+    ],
+    ids=["50 MB", "50 MB in chunks", "text", "blank", "bomb", "half", "empty"],
+)
+def test_what_is_no_digit_gets_a_message_and_the_server_goes_on(server, make_body, status, words):
+    answer = request(server, "POST", "/predict", make_body())
+    assert answer.status == status and words in answer.data["error"], answer.data
+    assert "\n" not in answer.data["error"] and "BytesIO" not in answer.data["error"]
+    assert request(server, "POST", "/predict", SEVEN).status == 200
+
+
+def test_other_methods_are_refused(server):
+    assert request(server, "GET", "/predict").status == 405
+    assert request(server, "POST", "/", b"x").status == 405
+
+
+def test_a_page_from_elsewhere_whose_name_leads_here_gets_no_answer(server):
+    for name, status in (
+        ("evil.example", 400),
+        ("localhost", 200),
+        (f"localhost:{server.port}", 200),
+    ):
+        assert request(server, "GET", "/model", headers={"Host": name}).status == status
+
+
+def test_an_upload_broken_off_leaves_no_trace(tmp_path, checkpoint):
+    server = start(tmp_path, "--port", 0, "--checkpoint", checkpoint)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n"
+        )
+        connection.sendall(b"half")
+    assert request(server, "POST", "/predict", SEVEN).status == 200
+    ended = end(server.process)
+    assert (ended.status, ended.out, ended.err) == (0, "ended\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def test_a_taken_port_is_told_in_one_line(run, checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = run(demo.main, "--port", port, "--checkpoint", checkpoint)
+    assert_one_error_line(result, f"port {port}", "--port")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host", "no-such-host.invalid"], ["--host no-such-host.invalid", "127.0.0.1"]),
+        (["--host", "192.0.2.1"], ["192.0.2.1", "--host"]),  # an address of nobody
+        (["--port", "65536"], ["65536", "at most 65535"]),
+        (["--checkpoint", "none.pt"], ["none.pt", "--checkpoint"]),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(run, checkpoint, flags, words):
+    assert_one_error_line(run(demo.main, "--checkpoint", checkpoint, *flags), *words)
+
+
+def test_without_the_extra_the_way_to_it_is_told(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "demo_app", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+    assert_one_error_line(run(demo.main), "uvicorn", "launch.py demo.py")
+
+
+def test_launch_installs_what_the_page_needs():
+    spec = spec_from_file_location("launch", ROOT / "launch.py")
+    launch = module_from_spec(spec)
+    spec.loader.exec_module(launch)
+    wanted = launch.read_requirements(launch.EXTRAS["demo.py"])
+    assert {re.match(r"\w+", requirement)[0] for requirement in wanted} >= {"starlette", "uvicorn"}
+    assert "demo.py" in launch.find_scripts() and "demo_app.py" not in launch.find_scripts()
+
+
+# ----------------------------------------------------------------------------- the page in Chromium
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the browser needs selenium")
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--force-prefers-reduced-motion")  # examples are there at once
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    browser.set_window_size(1100, 1000)
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(server, chromium):
+    """The page, newly opened; afterwards: no error in its console, nothing asked of elsewhere."""
+    url = f"http://127.0.0.1:{server.port}/"
+    chromium.get(url)
+    wait_for(chromium, lambda: text(chromium, "#about"))
+    yield chromium
+    resources = chromium.execute_script(
+        "return performance.getEntriesByType('resource').map((entry) => entry.name)"
+    )
+    assert resources and all(name.startswith(url) for name in resources), resources
+    errors = [
+        entry for entry in chromium.get_log("browser") if "status of 4" not in entry["message"]
+    ]
+    assert errors == []
+
+
+def find(page, selector: str):
+    return page.find_element("css selector", selector)
+
+
+def text(page, selector: str) -> str:
+    return find(page, selector).text
+
+
+def wait_for(page, condition) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(page, 20, poll_frequency=0.02).until(lambda _: condition())
+
+
+def draw(page, *lines: list[tuple[int, int]], kind: str = "mouse") -> None:
+    """Draw lines over the canvas, points in percent of its side; wait for each line's answer."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+
+    box = find(page, "#drawing").rect
+    for line in lines:
+        answers = len(durations(page))
+        actions = ActionBuilder(page, mouse=PointerInput(kind, f"the {kind}"), duration=20)
+        pointer = actions.pointer_action
+        for i, (x, y) in enumerate(line):
+            left, top = box["x"] + box["width"] * x / 100, box["y"] + box["height"] * y / 100
+            pointer.move_to_location(round(left), round(top))
+            if i == 0:
+                pointer.pointer_down()
+        pointer.pointer_up()
+        actions.perform()
+        wait_for(page, lambda count=answers: len(durations(page)) > count)
+
+
+def durations(page) -> list[float]:
+    """Milliseconds from each stroke's end until its answer was painted."""
+    return page.execute_script(
+        "return performance.getEntriesByName('answer').map((entry) => entry.duration)"
+    )
+
+
+def points(*corners: tuple[int, int], count: int = 8) -> list[tuple[float, float]]:
+    """Points along a polyline, as many on each side, as a hand would send them."""
+    sides = [np.linspace(a, b, count) for a, b in pairwise(corners)]
+    return [tuple(point) for point in np.concatenate(sides)]
+
+
+ONE, DRAWN_SEVEN = points((54, 18), (47, 82)), points((28, 22), (72, 20), (45, 82))
+
+
+@pytest.mark.parametrize("kind", ["mouse", "touch"])
+def test_a_one_and_a_seven_are_drawn_and_read(page, kind):
+    for digit, line in (("1", ONE), ("7", DRAWN_SEVEN)):
+        draw(page, line, kind=kind)
+        assert text(page, "#digit") == digit
+        assert text(page, "#bars .winner").split()[0] == digit
+        assert f"looks like {digit}" in find(page, "#status").get_attribute("textContent")
+        find(page, "#clear").click()
+    assert "Draw a digit first" in text(page, "#words")
+
+
+def test_the_answer_stands_there_150_ms_after_a_stroke(page):
+    def measure() -> float:
+        page.execute_script("performance.clearMeasures()")
+        for _ in range(5):
+            draw(page, ONE, points((20, 50), (80, 50)))
+            find(page, "#clear").click()
+        return median(durations(page))
+
+    medians = [measure()]
+    while medians[-1] >= 150 and len(medians) < 3:  # the machine may be busy with something else
+        medians.append(measure())
+    assert medians[-1] < 150, medians
+
+
+def test_what_is_shown_is_what_the_server_says(page, server):
+    """The picture received, the attention over it and its legend, the probabilities."""
+    draw(page, DRAWN_SEVEN)
+    shown = page.execute_script(
+        "const pixels = (id) => [...document.getElementById(id).getContext('2d')"
+        ".getImageData(0, 0, 28, 28).data];"
+        "return [pixels('received'), pixels('attention')]"
+    )
+    received, attention = (np.array(pixels).reshape(28, 28, 4)[..., :3] for pixels in shown)
+    assert received.max() > 200 and received[0].max() == 0
+    np.testing.assert_array_equal(received[..., 0], received[..., 2])
+    assert len(np.unique(attention.reshape(-1, 3), axis=0)) > 10
+    low, high = (float(text(page, place).removesuffix(" %")) for place in ("#least", "#most"))
+    assert 0 <= low < 100 / 16 < high <= 100
+    shares = [float(row.text.split()[1]) for row in page.find_elements("css selector", "#bars li")]
+    assert len(shares) == 10 and sum(shares) == pytest.approx(100, abs=0.6)
+
+
+def test_a_stroke_beyond_the_edges_is_ink_and_no_printed_line(page):
+    draw(page, points((50, 1), (46, 105)))
+    assert text(page, "#digit") == "1"
+
+
+def test_undo_takes_back_the_last_stroke(page):
+    draw(page, ONE, points((20, 50), (80, 50)))
+    crossed = text(page, "#words")
+    find(page, "#undo").click()
+    wait_for(page, lambda: text(page, "#words") not in (crossed, ""))
+    assert text(page, "#digit") == "1"
+    find(page, "#undo").click()
+    assert "Draw a digit first" in text(page, "#words") and not find(page, "#undo").is_enabled()
+
+
+def test_every_example_is_read_as_what_it_shows(page):
+    buttons = page.find_elements("css selector", "#examples button")
+    assert len(buttons) == 10
+    for digit, button in enumerate(buttons):
+        button.click()
+        wait_for(page, lambda digit=digit: text(page, "#digit") == str(digit))
+
+
+def test_files_are_read_or_refused_with_a_message(page, tmp_path):
+    cases = {
+        "seven.png": (SEVEN, "Probability"),
+        "text.png": (b"This is no picture.\n", "give a PNG or JPEG"),
+        "large.png": (bytes(50 * 2**20), "50 MB, expected at most 10 MB"),
+        "blank.png": (drawn(), "blank"),
+    }
+    for name, (content, words) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        find(page, "#file").send_keys(str(tmp_path / name))
+        wait_for(page, lambda words=words: words in text(page, "#words"))
+    draw(page, ONE)  # and the page goes on
+    assert text(page, "#digit") == "1"
+
+
+def test_a_phone_shows_it_all_without_scrolling_sideways(page):
+    metrics = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        draw(page, DRAWN_SEVEN)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert text(page, "#digit") == "7"
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
