@@ -160,6 +160,7 @@ def test_predict_with_other_structures(whole, run, tmp_path, plan):
         ("model_config/dropout", "x"),
         ("model_config/other", ("ODD", "laughs")),
         ("model_state_dict/head.weight", ("TENSORS", "nan")),
+        ("model_state_dict/head.weight", ("TENSORS", "largest float")),
         ("model_state_dict/head.weight", ("TENSORS", "complex")),
         ("model_state_dict/head.weight", ("TENSORS", "bool")),
         ("model_state_dict/head.weight", ("TENSORS", "meta")),
@@ -252,7 +253,7 @@ def test_resume_from_a_damaged_archive(last, run, tmp_path, plan):
         ("history/0/skipped_steps", ("ODD", "laughs")),
         ("history/0/lr", {(1, 2): 0.1}),
         ("best/epoch", ("ODD", "laughs")),
-        ("scheduler_state_dict/val_losses", ("ODD", "a million names")),
+        ("scheduler_state_dict/val_losses", ("ODD", "many names")),
         ("scheduler_state_dict/batch", 10**9),
         ("average_state_dict/n_averaged", ("ODD", "scalar tensor")),
         ("optimizer_state_dict/param_groups/0/lr", ("ODD", "laughs")),
@@ -944,6 +945,15 @@ def check_flags(run, main, arguments: list[str]) -> None:
     else:
         assert_one_error_line(result)
         assert len(result.err) < 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--mode=--"], ["--device=--"], ["--output", "(" * 10**6], ["--help=" + "x" * 10**6]],
+)
+def test_flags_that_once_broke_the_parser(run, arguments):
+    for main in (parse_training_flags, inference.parse_args):
+        check_flags(run, main, arguments)
 
 
 @pytest.mark.parametrize("main", [parse_training_flags, inference.parse_args])
