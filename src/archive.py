@@ -7,6 +7,7 @@ times its size. So the archive is looked at before PyTorch sees it.
 """
 
 import io
+import math
 import pickletools
 import re
 import warnings
@@ -22,6 +23,8 @@ NAMES = re.compile(
     r"|torch (\w+Storage|bfloat16|u?int\d+|float\d+\w*|bool|Size|device)"
 )
 MAX_COST = 10**7  # values in a pickle, where one that is named twice counts twice
+MAX_DEPTH = 100  # of lists in lists
+ENDLESS = "it is nested so often that reading it would not end"
 
 
 class RefusedError(ValueError):
@@ -50,7 +53,10 @@ def read_archive(path: Path) -> Any:
                     _check_pickle(content)
                 copy.writestr(entry.filename, content)
         checked.seek(0)
-        return torch.load(checked, map_location="cpu", weights_only=True)
+        content = torch.load(checked, map_location="cpu", weights_only=True)
+    if _count(content, {}) > MAX_COST:
+        raise RefusedError(ENDLESS)
+    return content
 
 
 def _check_pickle(pickled: bytes) -> None:
@@ -74,4 +80,17 @@ def _check_pickle(pickled: bytes) -> None:
             cost = 1 + sum(stack.pop() for _ in range(taken))
             stack.extend([cost] * len(code.stack_after))
             if cost > MAX_COST:
-                raise RefusedError("it is nested so often that reading it would not end")
+                raise RefusedError(ENDLESS)
+
+
+def _count(value: Any, known: dict[int, float], depth: int = 0) -> float:
+    """The values that there are in `value` when it is written out; infinite if it holds itself."""
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if depth > MAX_DEPTH:
+        return math.inf
+    if id(value) not in known:
+        known[id(value)] = math.inf  # where it is met again below
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(each, known, depth + 1) for each in inside)
+    return known[id(value)]

@@ -85,6 +85,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        for arg in args:
+            if re.fullmatch(r"--\w+=--", arg):  # which argparse takes for no value at all
+                raise UserError(f"{arg[:-3]} needs a value, -- given: see --help")
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]

@@ -94,10 +94,16 @@ def _load(path: Path) -> dict[str, Any]:
             raise ValueError(f"{len(state['history'])} rows of history after {epoch} epochs")
         for number, row in enumerate(state["history"], 1):
             check_row(row, number)
+        totals = state["position"]["totals"]
+        sums = [*totals["sums"], totals["grad_norm"], *totals["lrs"], totals["seconds"]]
+        if totals["steps"] != step or not all(map(math.isfinite, sums)):
+            raise ValueError("its sums over the epoch are not those of its steps")
         best = state["best"]
         if type(best["epoch"]) is not int or not 0 <= best["epoch"] <= epoch:
             raise ValueError(f"best epoch {best['epoch']!r}")
         best["acc"] = float(best["acc"])
+        if not math.isfinite(best["acc"]):
+            raise ValueError(f"best accuracy {best['acc']}")
         config, settings = state["model_config"], state["run"]["settings"]
         for name in config.keys() & settings.keys():
             if config[name] != settings[name]:
@@ -118,6 +124,11 @@ def _unusable(path: Path, error: Exception) -> UserError:
 def check_row(row: dict[str, Any], number: int) -> None:
     """Raise an error if a row of the history is not as train.py writes epoch `number`'s."""
     numbers = [row[name] for name in ROW if name != "lr"] + [*row["lr"].values()]
+    skipped = row.get("skipped_steps", [])
+    numbers += skipped
+    known = row.keys() <= {*ROW, "skipped_steps"} and all(type(name) is str for name in row["lr"])
+    if not known or type(skipped) is not list:
+        raise ValueError(f"its history of epoch {number} has other things in it")
     if row["epoch"] != number or not row["lr"]:
         raise ValueError(f"epoch {number} is missing in its history")
     if not all(type(n) in (int, float) and math.isfinite(n) for n in numbers):
@@ -241,13 +252,13 @@ def bring_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[fl
         return acc, epoch
     for path in (best_path, source.with_name(best_path.name)):
         try:
-            best = read_checkpoint(path)
+            _, best = load_checkpoint(path)
         except UserError:
             continue
         # One of a later epoch was written just before the stop, and will be written again.
-        if best.get("epoch") == epoch or (path == best_path and best["epoch"] > epoch):
+        if best["epoch"] == epoch or (path == best_path and best["epoch"] > epoch):
             if path.resolve() != best_path.resolve():
-                save_checkpoint(best_path, best)
+                save_checkpoint(best_path, read_checkpoint(path))
             return acc, epoch
     print(
         f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is neither at "
@@ -286,6 +297,8 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     name, keys, *rest = state["numpy"]
+    if not 0 <= rest[0] <= len(keys) == 624:  # NumPy reads where it is told
+        raise ValueError("its NumPy generator is at no place in its numbers")
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:

@@ -35,7 +35,7 @@ QUICK += "--depth 2 --embed_dim 48".split()
 # Fuzzing: few examples and always the same, or many and always others (--hypothesis-profile long).
 # Fixtures are shared by a test's examples on purpose; how long one takes, the tests look at.
 settings.register_profile(
-    "ci", max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+    "ci", max_examples=50, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
 )
 settings.register_profile(
     "long", settings.get_profile("ci"), max_examples=10_000, derandomize=False, print_blob=True

@@ -17,6 +17,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import struct
 import sys
 import tarfile
@@ -102,9 +103,10 @@ def test_the_loader_loads_what_was_not_damaged(whole, folder):
     assert check_loader(folder, rezipped(whole.read_bytes(), [("edit", 0, [])])) is None
 
 
-@given(edits=EDITS)
-def test_loader_on_damaged_bytes(whole, folder, edits):
-    check_loader(folder, edited(whole.read_bytes(), edits))
+@given(edits=EDITS, sealed=st.booleans())
+def test_loader_on_damaged_bytes(whole, folder, edits, sealed):
+    content = whole.read_bytes() if sealed else rezipped(whole.read_bytes(), [])  # no checksum
+    check_loader(folder, edited(content, edits))
 
 
 @given(plan=ZIP_EDITS)
@@ -114,24 +116,17 @@ def test_loader_on_a_damaged_archive(whole, folder, plan):
 
 @given(plan=STRUCTURE_EDITS)
 def test_loader_on_other_structures(whole, folder, plan):
-    content = restructured(torch.load(whole), plan)
-    saved = io.BytesIO()
-    try:
-        torch.save(content, saved)
-    except Exception:  # not everything can be saved
-        assume(False)
-    check_loader(folder, saved.getvalue())
+    content = mutations.saved(restructured(torch.load(whole), plan))
+    assume(content is not None)
+    check_loader(folder, content)
 
 
 @given(plan=STRUCTURE_EDITS)
 def test_predict_with_other_structures(whole, run, tmp_path, plan):
     """The whole command, on what the checkpoint says: names to print, numbers to write."""
-    saved = io.BytesIO()
-    try:
-        torch.save(restructured(torch.load(whole), plan), saved)
-    except Exception:
-        assume(False)
-    (tmp_path / "hostile.pt").write_bytes(saved.getvalue())
+    content = mutations.saved(restructured(torch.load(whole), plan))
+    assume(content is not None)
+    (tmp_path / "hostile.pt").write_bytes(content)
     Image.fromarray((255 * a_digit()).astype(np.uint8)).save(tmp_path / "digit.png")
     flags = "--mode predict --device cpu --image digit.png --checkpoint hostile.pt".split()
     with bounded():
@@ -165,6 +160,7 @@ def test_predict_with_other_structures(whole, run, tmp_path, plan):
         ("model_config/dropout", "x"),
         ("model_config/other", ("ODD", "laughs")),
         ("model_state_dict/head.weight", ("TENSORS", "nan")),
+        ("model_state_dict/head.weight", ("TENSORS", "largest float")),
         ("model_state_dict/head.weight", ("TENSORS", "complex")),
         ("model_state_dict/head.weight", ("TENSORS", "bool")),
         ("model_state_dict/head.weight", ("TENSORS", "meta")),
@@ -180,9 +176,7 @@ def test_a_checkpoint_with_such_a_value_is_refused(whole, folder, place, value):
     target[key] = mutations.made(value, target.get(key))
     if isinstance(value, list):
         target[key] = [mutations.made(each, None) for each in value]
-    content_as_file = io.BytesIO()
-    torch.save(content, content_as_file)
-    assert check_loader(folder, content_as_file.getvalue()) is not None
+    assert check_loader(folder, mutations.saved(content)) is not None
 
 
 def test_many_blocks_without_tensors_cost_nothing(whole, folder):
@@ -191,9 +185,92 @@ def test_many_blocks_without_tensors_cost_nothing(whole, folder):
     state["patch_embed.proj.weight"] = torch.zeros(1, 1, 1, 1).expand(2000, 1, 7, 7)
     state |= {f"blocks.{i}.x": state["head.bias"] for i in range(9000)}
     del content["model_config"]
-    content_as_file = io.BytesIO()
-    torch.save(content, content_as_file)
-    assert check_loader(folder, content_as_file.getvalue()) is not None
+    assert check_loader(folder, mutations.saved(content)) is not None
+
+
+@pytest.fixture(scope="module")
+def last(tmp_path_factory) -> Path:
+    """What a run has left that was stopped in the middle of its first epoch."""
+    here = tmp_path_factory.mktemp("fuzz")
+    flags = "--device cpu --dataset digits --epochs 2 --train_samples 40 --batch_size 20 --depth 1"
+    flags += " --embed_dim 8 --num_heads 2 --save_every_steps 1 --ema_decay 0.5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(sys, "argv", ["train.py", *flags.split()])
+        train.main()
+    return here / "checkpoints" / "last.prev.pt"
+
+
+def check_resume(run, tmp_path, content: bytes) -> int:
+    """Go on from it, to the end: 0, or 2 with one line that says why not."""
+    (tmp_path / "hostile.pt").write_bytes(content)
+    with bounded(memory=500 << 20):
+        result = run(train.main, "--resume", "hostile.pt", "--device", "cpu", "--compile", "off")
+    warnings = [line for line in result.err.splitlines() if line.startswith(("WARNING", "note"))]
+    others = [line for line in result.err.splitlines() if line not in warnings]
+    assert result.status in (0, 2) and len(others) == (result.status == 2), result.err[-3000:]
+    assert all(line.startswith("error: ") for line in others)
+    assert not (tmp_path / "ran").exists()
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return result.status
+
+
+def test_a_run_goes_on_from_what_was_not_tampered_with(last, run, tmp_path):
+    assert check_resume(run, tmp_path, last.read_bytes()) == 0
+
+
+@RARELY
+@given(plan=STRUCTURE_EDITS)
+def test_resume_with_other_structures(last, run, tmp_path, plan):
+    content = mutations.saved(restructured(torch.load(last), plan))
+    assume(content is not None)
+    check_resume(run, tmp_path, content)
+
+
+@RARELY
+@given(plan=ZIP_EDITS)
+def test_resume_from_a_damaged_archive(last, run, tmp_path, plan):
+    check_resume(run, tmp_path, rezipped(last.read_bytes(), plan))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("random/0/numpy/2", 10**7),  # NumPy reads there
+        ("random/0/numpy/1", ("ODD", "laughs")),
+        ("run/settings/optimizer", ("ODD", "laughs")),
+        ("run/settings/depth", ("ODD", "laughs")),
+        ("run/seed", ("ODD", "10**5000")),
+        ("position/epoch", ("ODD", "laughs")),
+        ("position/totals/steps", -5),
+        ("position/totals/steps", 10**9),
+        ("position/totals/seconds", float("nan")),
+        ("position/totals/skipped", ("ODD", "laughs")),
+        ("position/totals/lrs/0", float("nan")),
+        ("best/acc", float("nan")),
+        ("history/0/other", ("ODD", "tensor")),
+        ("history/0/skipped_steps", ("ODD", "laughs")),
+        ("history/0/lr", {(1, 2): 0.1}),
+        ("best/epoch", ("ODD", "laughs")),
+        ("scheduler_state_dict/val_losses", ("ODD", "many names")),
+        ("scheduler_state_dict/batch", 10**9),
+        ("average_state_dict/n_averaged", ("ODD", "scalar tensor")),
+        ("optimizer_state_dict/param_groups/0/lr", ("ODD", "laughs")),
+        ("optimizer_state_dict/state/0/exp_avg", ("TENSORS", "meta")),
+        ("raw_model_state_dict/head.weight", ("TENSORS", "nan")),
+    ],
+    ids=str,
+)
+def test_a_run_does_not_fall_over_such_a_value(last, run, tmp_path, place, value):
+    content = torch.load(last)
+    *parents, key = (int(part) if part.isdigit() else part for part in place.split("/"))
+    target = content
+    for parent in parents:
+        target = target[parent]
+    old = target[key] if isinstance(key, int) else target.get(key)
+    target[key] = mutations.made(value, old)
+    check_resume(run, tmp_path, mutations.saved(content))
 
 
 # Pickles by hand. Names that PyTorch's loader knows, names that it must not know, and the codes
@@ -868,6 +945,15 @@ def check_flags(run, main, arguments: list[str]) -> None:
     else:
         assert_one_error_line(result)
         assert len(result.err) < 10_000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--mode=--"], ["--device=--"], ["--output", "(" * 10**6], ["--help=" + "x" * 10**6]],
+)
+def test_flags_that_once_broke_the_parser(run, arguments):
+    for main in (parse_training_flags, inference.parse_args):
+        check_flags(run, main, arguments)
 
 
 @pytest.mark.parametrize("main", [parse_training_flags, inference.parse_args])
