@@ -109,8 +109,9 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         if not (type(config["num_heads"]) is int and config["num_heads"] >= 1):
             raise ValueError("its configuration's num_heads is no number of heads")
         _check_state(state, config, Path(path).stat().st_size)
-        model = ViT(**config)
-        model.load_state_dict(state)
+        with torch.device("meta"):  # no number is drawn: the caller's generators are his
+            model = ViT(**config)
+        model.to_empty(device="cpu").load_state_dict(state)
         if not all(tensor.abs().max() <= MAX_WEIGHT for tensor in model.state_dict().values()):
             raise ValueError("its weights are not all numbers to compute with")
         checkpoint["epoch"] = int(checkpoint["epoch"])

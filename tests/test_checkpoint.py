@@ -191,3 +191,10 @@ def test_the_pretrained_model_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     where = checkpoint.PRETRAINED.relative_to(Path(__file__).parents[1])
     assert where.as_posix() == "checkpoints/pretrained/best_model.pt"
+
+
+def test_loading_draws_no_random_number(tmp_path):
+    torch.save(published(ViT(depth=1)), tmp_path / "x.pt")
+    before = torch.get_rng_state()
+    load_checkpoint(tmp_path / "x.pt")
+    assert torch.equal(torch.get_rng_state(), before)
