@@ -354,7 +354,8 @@ def run_together(count: int, *command: object) -> int:
             time.sleep(0.05)
             failed = failed or [rank for rank in range(count) if processes[rank].returncode]
             if failed and deadline is None:
-                deadline = time.monotonic() + PATIENCE
+                usage = processes[failed[0]].returncode == 2  # it has said why, the others wait
+                deadline = time.monotonic() + (0 if usage else PATIENCE)
             if deadline and time.monotonic() > deadline:
                 break
     finally:

@@ -3,6 +3,7 @@
 A folder can be held by one process.
 """
 
+import errno
 import json
 import os
 import signal
@@ -140,7 +141,9 @@ def _make_room(path: Path) -> None:
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written: {error.strerror or error}; name another place")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "free some space" if full else "name another place"
+    return UserError(f"{path} cannot be written: {error.strerror or error}; {advice}")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def test_every_benchmark_explains_itself_and_errs_in_one_line(run, script):
 SHORT = {
     "roofline.py": ["--recipe", "fast", "--turns", "1"],
     "throughput.py": ["--steps", "1", "--turns", "1", "--batch_size", "8", "--data_dir", MNIST],
-    "scaling.py": ["--steps", "1", "--data_dir", MNIST],
+    "scaling.py": ["--processes", "2", "--steps", "1", "--data_dir", MNIST],
     "optimizers.py": ["--only", "sgd", "--train_samples", "200", "--data_dir", MNIST],
     "accuracy.py": [
         *["--seeds", "2", "--epochs", "1", "--data_dir", MNIST],
