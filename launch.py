@@ -330,16 +330,13 @@ def run_together(count: int, *command: object) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     # Together they should use every core once.
     shared["OMP_NUM_THREADS"] = os.environ.get(
         "OMP_NUM_THREADS", (os.cpu_count() or 1) // count or 1
     )
-    processes = []
-    for rank in range(count):
-        place = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-        processes.append(subprocess.Popen([str(part) for part in command], env=environment))
+    processes, failed, deadline = [], [], None
 
     def hand_on(number: int, _: object) -> None:
         for process in processes:
@@ -347,19 +344,30 @@ def run_together(count: int, *command: object) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, hand_on)
-    failed, deadline = [], None
-    while None in [process.poll() for process in processes]:
-        time.sleep(0.05)
-        failed = failed or [rank for rank in range(count) if processes[rank].returncode]
-        if failed and deadline is None:
-            deadline = time.monotonic() + PATIENCE
-        if deadline and time.monotonic() > deadline:
-            hand_on(signal.SIGKILL, None)
+    try:
+        for rank in range(count):
+            place = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            arguments = [str(part) for part in command]
+            processes.append(subprocess.Popen(arguments, env=environment))
+        while None in [process.poll() for process in processes]:
+            time.sleep(0.05)
+            failed = failed or [rank for rank in range(count) if processes[rank].returncode]
+            if failed and deadline is None:
+                deadline = time.monotonic() + PATIENCE
+            if deadline and time.monotonic() > deadline:
+                break
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     failed = failed or [rank for rank in range(count) if processes[rank].returncode]
     if not failed:
         return 0
-    rank = min(failed, key=lambda rank: processes[rank].returncode)  # the signals, if any
-    status = processes[rank].returncode
+    # Of several that ended at once: a signal is a cause, status 1 is what others have from it.
+    statuses = {processes[rank].returncode: rank for rank in failed}
+    status = min(statuses) if min(statuses) < 0 else max(statuses)
+    rank = statuses[status]
     if status < 0:
         raise LaunchError(
             f"process {rank} of {count} was ended by {signal.Signals(-status).name}, and so the "

@@ -17,7 +17,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 import cli
-from checkpoint import load_checkpoint
+from checkpoint import find_checkpoint, load_checkpoint
 from cli import UserError
 from digit_image import read_digit
 from predict import predict
@@ -305,7 +305,9 @@ def read_all(files: list[bytes], names: list[str]) -> tuple[np.ndarray, np.ndarr
 
 def main() -> None:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument("--checkpoint", default="./checkpoints/best_model.pt", help="trained model")
+    parser.add_argument(
+        "--checkpoint", help="trained model; None: as in src/inference.py, else the pretrained one"
+    )
     parser.add_argument("--images", default=100, type=cli.integer(1, 10_000), help="of each kind")
     parser.add_argument(
         "--split", default="test", choices=["val", "test"], help="whose digits; val to develop"
@@ -318,7 +320,7 @@ def main() -> None:
     report.add_record(parser)
     args = parser.parse_args()
     device = cli.choose_device(args.device)
-    model, checkpoint = load_checkpoint(args.checkpoint)
+    model, checkpoint = load_checkpoint(find_checkpoint(args.checkpoint))
     model = model.to(device)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)

@@ -214,12 +214,13 @@ def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> No
     print(f"Test Loss: {loss:.4f}\nTest Acc: {top1:.2f} %\nTest Top-5: {top5:.2f} %  ({dataset})")
 
 
-def _fail(message: str, status: int = 2) -> None:
+def _fail(message: str, status: int = 2, *, alone: bool = False) -> None:
     message = " ".join(message.split())
     if len(message) > MAX_MESSAGE:  # it quotes what was given
         message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
-    # Processes that train together stumble over the same thing: one of each machine says it.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # Processes that train together stumble over the same thing: one of each machine says it, but
+    # for what happens to one `alone`.
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -242,10 +243,12 @@ def run(main: Callable[[], None]) -> None:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
             "DefaultCPUAllocator" in str(error)
         ):
-            _fail("out of memory; give a smaller --batch_size or network")
+            _fail("out of memory; give a smaller --batch_size or network", alone=True)
         if not isinstance(error, torch.AcceleratorError):
             raise
-        _fail(f"the GPU failed ({error}); what was saved is whole, go on from it with --resume", 1)
+        advice = "what was saved is whole, go on from it with --resume"
+        _fail(f"the GPU failed ({error}); {advice}", 1, alone=True)
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)

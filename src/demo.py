@@ -19,8 +19,8 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint",
-        help="trained model (default: ./checkpoints/best_model.pt, or if there is none the "
-        "pretrained one of this repository)",
+        help="trained model; None: ./checkpoints/best_model.pt if it is there, else the pretrained "
+        "one of this repository",
     )
     parser.add_argument(
         "--host",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import PeerLostError, UserError
+from cli import PeerLostError, Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class World:
     Attributes:
         rank: this process's number, from 0.
         size: how many there are.
-        local_rank: its number on its machine.
+        local_rank: its number on its machine, from 0.
+        local_size: how many there are on its machine.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @property
     def leads(self) -> bool:
@@ -112,18 +114,21 @@ def find_world() -> World:
     Raises:
         UserError: they make no sense.
     """
-    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ.get(name, "") for name in names}
     if not given["WORLD_SIZE"] or not given["RANK"]:
         return ALONE
     numbers = [int(value) if value.isdecimal() else -1 for value in given.values()]
-    rank, size, local_rank = numbers
-    if not 0 <= rank < size or local_rank < 0:
+    rank, size, local_rank, local_size = numbers
+    reachable = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if not (0 <= rank < size and 0 <= local_rank < local_size and (reachable or size == 1)):
+        given |= {name: os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise UserError(
-            f"{shown} in the environment: expected numbers as torchrun sets them; unset them to "
-            "train in one process"
+            f"{shown} in the environment: expected what torchrun sets; unset RANK and WORLD_SIZE "
+            "to train in one process"
         )
-    return World(rank, size, local_rank)
+    return World(rank, size, local_rank, local_size)
 
 
 def device_of(world: World, device: torch.device) -> torch.device:
@@ -139,10 +144,10 @@ def device_of(world: World, device: torch.device) -> torch.device:
             f"--device {device} with {world.size} processes: give --device cuda, each takes a GPU "
             "of its own"
         )
-    if world.local_rank >= torch.cuda.device_count():
+    if world.local_size > torch.cuda.device_count():
         raise UserError(
-            f"process {world.local_rank} of this machine finds {torch.cuda.device_count()} GPUs: "
-            "start at most as many processes"
+            f"{world.local_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
+            "start at most as many, or give --device cpu"
         )
     return torch.device("cuda", world.local_rank)
 
@@ -159,13 +164,17 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    stopped = None
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        if world.leads:
-            yield
-        else:
-            with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+        try:
+            if world.leads:
                 yield
+            else:
+                with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+                    yield
+        except Stopped as stop:  # all of them, after the same step
+            stopped = stop
         dist.barrier()  # none leaves while another still needs it
     except RuntimeError as error:
         if not _is_of_network(error):
@@ -178,6 +187,8 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
+    if stopped:
+        raise stopped
 
 
 def _is_of_network(error: RuntimeError) -> bool:

@@ -156,4 +156,4 @@ def uninterrupted() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, previous)
     if held:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)  # for whom it was meant

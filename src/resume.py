@@ -169,15 +169,11 @@ def merge(run: argparse.Namespace, given: dict[str, Any], path: Path) -> argpars
     return argparse.Namespace(**{**vars(run), **changed})
 
 
-def places(args: argparse.Namespace, path: Path) -> str:
+def places(args: argparse.Namespace, defaults: argparse.Namespace, path: Path) -> str:
     """The flags to go on with from `path`: `--resume`, and where else the run reads and writes."""
     flags = ["--resume", str(path)]
-    for name, default in (
-        ("data_dir", "mnist"),
-        ("output_dir", "outputs"),
-        ("todo_path", "TODO.md"),
-    ):
-        if Path(getattr(args, name)) != Path(default):
+    for name in ("device", "compile", "data_dir", "output_dir", "todo_path"):
+        if getattr(args, name) != getattr(defaults, name):
             flags += [f"--{name}", str(getattr(args, name))]
     return shlex.join(flags)
 
@@ -250,19 +246,20 @@ def bring_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[fl
     acc, epoch = state["best"]["acc"], state["best"]["epoch"]
     if not epoch:
         return acc, epoch
-    for path in (best_path, source.with_name(best_path.name)):
-        try:
-            _, best = load_checkpoint(path)
-        except UserError:
-            continue
+    beside = source.with_name(best_path.name)
+    moved = beside.resolve() != best_path.resolve()
+    try:
+        best = read_checkpoint(beside)
         # One of a later epoch was written just before the stop, and will be written again.
-        if best["epoch"] == epoch or (path == best_path and best["epoch"] > epoch):
-            if path.resolve() != best_path.resolve():
-                save_checkpoint(best_path, read_checkpoint(path))
+        if (best.get("epoch"), best.get("best_acc")) == (epoch, acc) or best["epoch"] > epoch:
+            if moved:
+                save_checkpoint(best_path, best)
             return acc, epoch
+    except UserError:
+        pass  # it is not there, or damaged
     print(
-        f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is neither at "
-        f"{best_path} nor beside {source}: the best from here on takes its place",
+        f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is not beside "
+        f"{source}: the best from here on takes its place",
         file=sys.stderr,
     )
     if state["position"]["step"]:

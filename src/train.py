@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import figures
 import optim
 import resume
 from augment import Augment
-from checkpoint import load_checkpoint, save_checkpoint, versions
+from checkpoint import MAX_WEIGHT, load_checkpoint, save_checkpoint, versions
 from cli import Stopped, StopSignals, UserError
 from distributed import ALONE, World
 from files import check_writable, held, uninterrupted, write_json, write_text
@@ -144,8 +144,7 @@ def parse_args(
     safety.add_argument(
         "--resume",
         nargs="?",
-        const=Path(),
-        type=Path,
+        const="",
         metavar="PATH",
         help="go on with the run that left this last.pt, by default that in --save_dir, as if it "
         "had never stopped; its settings come with it",
@@ -183,6 +182,16 @@ def choose_dataset(name: str, data_dir: str) -> Dataset:
         return load_dataset("digits")
 
 
+def load_in_turn(name: str, data_dir: str, world: World) -> Dataset:
+    """`choose_dataset` for several processes: all the same, and one on a machine downloads it."""
+    dataset = choose_dataset(name, data_dir) if world.leads else None
+    name = world.share(dataset and dataset.name)
+    if world.rank and world.local_rank == 0:
+        dataset = load_dataset(name, data_dir)
+    world.gather(None)  # by now it is on every machine
+    return dataset or load_dataset(name, data_dir)
+
+
 def settings_for(recipe: str, dataset: str, given: dict[str, Any]) -> dict[str, Any]:
     """The run's settings: the defaults, what replaces them in the recipe, what the data set asks
     for, what was given by hand.
@@ -218,6 +227,7 @@ class Totals:
 
     sums: Tensor  # (2,): loss and hits, over images
     grad_norm: Tensor
+    first_bad: Tensor  # on a GPU, the first step that was not finite, from 1; 0: none
     lrs: list[float]  # by parameter group
     images: int = 0
     steps: int = 0
@@ -227,7 +237,13 @@ class Totals:
     @classmethod
     def of_nothing(cls, optimizer: Optimizer, device: torch.device) -> "Totals":
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        return cls(sums, torch.zeros_like(sums[0]), [0.0] * len(optimizer.param_groups))
+        first_bad = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(sums, sums.new_zeros(()), first_bad, [0.0] * len(optimizer.param_groups))
+
+    def check(self) -> None:
+        """Raise NotFiniteError if a step was not finite; waits for a GPU."""
+        if step := int(self.first_bad):
+            raise NotFiniteError(step)
 
     def row(self, optimizer: Optimizer, world: World) -> dict[str, Any]:
         """A part of history.json's row: means over all processes' images, `train_loss` and
@@ -270,11 +286,15 @@ class Totals:
 
 
 class NotFiniteError(Exception):
-    """The loss or the gradient of a step, counted from 1, is infinite or not a number."""
+    """The loss or the gradient of a step, counted from 1, is infinite or not a number.
 
-    def __init__(self, step: int, loss: float, grad_norm: float, lr: float) -> None:
-        super().__init__(f"loss {loss:g}, gradient norm {grad_norm:g}, learning rate {lr:g}")
-        self.step, self.loss, self.grad_norm, self.lr = step, loss, grad_norm, lr
+    Args:
+        numbers: of that step, where they are known: a GPU is asked later.
+    """
+
+    def __init__(self, step: int, **numbers: float) -> None:
+        super().__init__(", ".join(f"{name} {value:g}" for name, value in numbers.items()))
+        self.step, self.numbers = step, numbers
 
 
 def train_steps(
@@ -306,7 +326,6 @@ def train_steps(
     """
     device = loader.split.images.device
     asks_always = device.type == "cpu" or on_nonfinite == "skip"
-    first_bad = torch.zeros((), dtype=torch.int64, device=device)
     without_sync = getattr(network, "no_sync", nullcontext)  # of gradients, between processes
 
     def forward_backward(images: Tensor, labels: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -352,7 +371,8 @@ def train_steps(
         bad = None
         if asks_always and not finite:
             whole_loss = world.sum(loss.clone()).item()
-            bad = NotFiniteError(totals.steps, whole_loss, grad_norm.item(), rates[0])
+            numbers = {"loss": whole_loss, "grad_norm": grad_norm.item(), "lr": rates[0]}
+            bad = NotFiniteError(totals.steps, **numbers)
             if on_nonfinite == "stop":
                 raise bad
             totals.skipped.append(totals.steps)
@@ -371,11 +391,10 @@ def train_steps(
         totals.lrs = [total + rate for total, rate in zip(totals.lrs, rates, strict=True)]
 
         if not asks_always:
-            first = (first_bad == 0) & ~finite
-            first_bad = torch.where(first, totals.steps, first_bad)
-            asks_now = totals.steps % 20 == 0 or totals.steps == len(loader)
-            if asks_now and (step := int(first_bad)):
-                raise NotFiniteError(step, math.nan, math.nan, rates[0])
+            first = (totals.first_bad == 0) & ~finite
+            totals.first_bad = torch.where(first, totals.steps, totals.first_bad)
+            if totals.steps % 20 == 0 or totals.steps == len(loader):
+                totals.check()
         if not bar.disable and totals.steps % 20 == 1:
             bar.set_postfix(loss=f"{loss.item() * world.size:.4f}")
         yield bad
@@ -387,7 +406,7 @@ def main() -> None:
     device = distributed.device_of(world, cli.choose_device(args.device))
     state = None
     if args.resume is not None:
-        source = args.save_dir if args.resume == Path() else args.resume
+        source = Path(args.resume) if args.resume else args.save_dir
         if "save_dir" not in given:
             args.save_dir = source if source.is_dir() else source.parent
         if world.leads:  # the file needn't be on the others' machines
@@ -435,7 +454,7 @@ def train(
     # ------------------------------------------------------------------------------------ data
     likely = "mnist" if args.dataset == "auto" else args.dataset
     settings_for(args.recipe, likely, given)  # refuses before a download what would fail after it
-    dataset = choose_dataset(args.dataset, args.data_dir)
+    dataset = load_in_turn(args.dataset, args.data_dir, world)
     settings = settings_for(args.recipe, dataset.name, given)
     run = {name: getattr(args, name) for name in resume.OF_THE_RUN}
     run |= {"dataset": dataset.name, "settings": dict(settings)}
@@ -554,15 +573,15 @@ def train(
             **about,
         }
 
-    is_first_save = state is None
+    # Of this run in this folder: what is there of another is not kept as the save before.
+    is_first_save = state is None or args.resume.resolve().parent != args.save_dir.resolve()
 
     def save_last() -> None:
         """Everything into last.pt, from all processes."""
         nonlocal is_first_save
-        totals_of_all, generators = (
-            totals.state_dict(world),
-            world.gather(resume.random_state(device)),
-        )
+        totals.check()
+        totals_of_all = totals.state_dict(world)
+        generators = world.gather(resume.random_state(device))
         if world.leads:
             content = {
                 **usable(),
@@ -582,15 +601,16 @@ def train(
     def keep_batch(epoch: int, bad: NotFiniteError) -> Path:
         """Write the batch of a step that was not finite, to be looked at."""
         path = args.save_dir / "nonfinite.pt"
-        images, labels = train_loader.batch_of_all(epoch - 1, bad.step - 1)
-        content = {"epoch": epoch, "step": bad.step, "lr": bad.lr, "loss": bad.loss}
-        content |= {"grad_norm": bad.grad_norm, "images": images, "labels": labels}
         if world.leads:
-            save_checkpoint(path, {**content, "model_state_dict": model.state_dict()})
+            images, labels = train_loader.batch_of_all(epoch - 1, bad.step - 1)
+            content = {"epoch": epoch, "step": bad.step, **bad.numbers}
+            content |= {"images": images, "labels": labels, "model_state_dict": model.state_dict()}
+            save_checkpoint(path, content)
         return path
 
+    places = resume.places(args, parse_args([])[0], last_path)
+
     def stop_here(number: int) -> None:
-        places = resume.places(args, last_path)
         raise Stopped(
             f"stopped by {signal.Signals(number).name} after {epochs_done} of {settings['epochs']} "
             f"epochs and {totals.steps} steps, all saved; to go on, run this again with: {places}",
@@ -599,8 +619,14 @@ def train(
 
     # ------------------------------------------------------------------------------------ loop
     batch_size = min(settings["batch_size"], len(train_loader.split))
-    sample = torch.zeros(batch_size // world.size or 1, 1, 28, 28, device=device)
-    network = compile_network(world.wrap(model), args.compile, sample, precision)
+    sample = torch.zeros(batch_size, 1, 28, 28, device=device)
+    undivided = world.size == 1 and args.grad_accum_steps == 1
+    if undivided:
+        network = compile_network(model, args.compile, sample, precision)
+    elif args.compile == "on":
+        raise UserError("--compile on serves one process without --grad_accum_steps: leave it out")
+    else:
+        network = world.wrap(model)
     agreement = distributed.Agreement(world)
     with StopSignals(repeats_within=0.3 if world.size > 1 else 0.0) as stop:
         try:
@@ -622,31 +648,33 @@ def train(
                     world=world,
                     description=f"epoch {epoch}/{settings['epochs']}",
                 )
-                for bad in steps:
-                    if bad:
-                        path = keep_batch(epoch, bad)
-                        note = f"note: step {bad.step} of epoch {epoch} skipped: {bad}; see {path}"
-                        tqdm.write(note, file=sys.stderr)
-                    stop_number = agreement.after_step(stop.received)
-                    if totals.steps == len(train_loader):
-                        break  # saved below
-                    every = args.save_every_steps
-                    if stop_number or (every and totals.steps % every == 0):
-                        totals.seconds = time.perf_counter() - start
-                        save_last()
-                    if stop_number:
-                        stop_here(stop_number)
+                with closing(steps):  # and its progress bar, also where a stop cuts it short
+                    for bad in steps:
+                        if bad:
+                            path = keep_batch(epoch, bad)
+                            note = f"note: step {bad.step} of epoch {epoch} skipped: {bad}"
+                            tqdm.write(f"{note}; the latest such batch: {path}", file=sys.stderr)
+                        stop_number = agreement.after_step(stop.received)
+                        if totals.steps == len(train_loader):
+                            continue  # saved below
+                        every = args.save_every_steps
+                        if stop_number or (every and totals.steps % every == 0):
+                            totals.seconds = time.perf_counter() - start
+                            save_last()
+                        if stop_number:
+                            stop_here(stop_number)
                 row = totals.row(optimizer, world)
                 train_seconds = time.perf_counter() - start
                 averaged.step_epoch(epoch, train_loader, device)
                 val_loss, val_acc, val_top5 = evaluate(
                     averaged.module, val_loader, criterion, device, world
                 )
-                if not all(map(math.isfinite, (row["train_loss"], row["grad_norm"], val_loss))):
+                finite = all(map(math.isfinite, (row["train_loss"], row["grad_norm"], val_loss)))
+                if not finite or max(p.abs().max() for p in model.parameters()) > MAX_WEIGHT:
                     raise UserError(
-                        f"loss or gradient is no longer finite at the end of epoch {epoch}: start "
-                        f"again with a lower learning rate or --grad_clip; the best model so far "
-                        "is kept"
+                        f"loss, gradient or weights are out of all bounds after epoch {epoch}: "
+                        "start again with a lower learning rate or --grad_clip; the best model so "
+                        "far is kept"
                     )
                 schedule.step_epoch(val_loss)
                 seconds = time.perf_counter() - start
@@ -689,15 +717,16 @@ def train(
                     stop_here(stop_number)
         except NotFiniteError as bad:
             path = keep_batch(epoch, bad)
+            numbers = f": {bad}" if bad.numbers else ""
             raise UserError(
-                f"step {bad.step} of epoch {epoch} is not finite: {bad}; its batch is in {path}, "
-                f"the last save is untouched; start again with a lower learning rate or "
-                "--grad_clip, or go on with --resume --on_nonfinite skip"
+                f"step {bad.step} of epoch {epoch} is not finite{numbers}; "
+                f"its batch is in {path}, the last save is untouched; start again with a lower "
+                "learning rate or --grad_clip, or go on with --resume --on_nonfinite skip"
             ) from None
         except Stopped:
             raise
         except KeyboardInterrupt:
-            go_on = f"run this again with: {resume.places(args, last_path)}"
+            go_on = f"run this again with: {places}"
             saved = (
                 "nothing was saved" if is_first_save else f"to go on from the last save, {go_on}"
             )

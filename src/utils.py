@@ -283,25 +283,29 @@ class BatchLoader:
         return min(self.batch_size, len(self.split) - step * self.batch_size)
 
     def _order(self, epoch: int) -> Tensor:
-        device = self.split.labels.device
         if not self.shuffle:
-            return torch.arange(len(self.split), device=device)
-        # Batches are numbered from 1: number 0 is the order's.
-        generator = self._generator(epoch, 0, 0)
-        return torch.randperm(len(self.split), device=device, generator=generator)
+            return torch.arange(len(self.split))
+        # Batches are numbered from 1: number 0 is the order's. It is drawn on the CPU: a run that
+        # moves to another device in mid-epoch leaves no image out.
+        generator = self._generator(epoch, 0, 0, "cpu")
+        order = torch.randperm(len(self.split), generator=generator)
+        return order.to(self.split.labels.device)
 
-    def _generator(self, epoch: int, number: int, rank: int) -> torch.Generator:
+    def _generator(
+        self, epoch: int, number: int, rank: int, device: str | torch.device
+    ) -> torch.Generator:
         mixed = np.random.SeedSequence((self.seed, epoch, number, rank))
         # 63 bits: what manual_seed takes on every device.
         seed = int(mixed.generate_state(1, np.uint64)[0]) >> 1
-        return torch.Generator(self.split.images.device).manual_seed(seed)
+        return torch.Generator(device).manual_seed(seed)
 
     @torch.no_grad()
     def _batch(self, epoch: int, number: int, rank: int, batch: Tensor) -> tuple[Tensor, Tensor]:
         part = self.split[batch.tensor_split(self.world.size)[rank]]
         images = part.images.float().div_(255)
         if self.augment is not None and len(images):
-            images = self.augment(images, self._generator(epoch, number, rank))
+            generator = self._generator(epoch, number, rank, images.device)
+            images = self.augment(images, generator)
         return images.sub_(self.mean).div_(self.std), part.labels
 
 

@@ -35,7 +35,8 @@ def together(start):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         processes = []
         for rank in map(str, range(count)):
             place = {**shared, "RANK": rank, "LOCAL_RANK": rank}
@@ -109,7 +110,7 @@ def test_checkpoints_move_between_one_and_two_processes_and_metrics_are_exact(
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_one_that_dies_ends_the_others_and_ctrl_c_stops_all_in_one_step(folder):
     folder("run")
     flags = [*DIGITS, "--batch_size", 30, "--epochs", 10**5, "--save_every_steps", 5]
@@ -117,7 +118,10 @@ def test_one_that_dies_ends_the_others_and_ctrl_c_stops_all_in_one_step(folder):
         last = Path("checkpoints/last.pt")
         before = last.stat().st_mtime_ns if last.exists() else 0
         process = launch(2, *(["--resume"] if before else flags))
-        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and (
+            not last.exists() or last.stat().st_mtime_ns == before
+        ):
             time.sleep(0.02)
         if number == signal.SIGKILL:
             children = f"/proc/{process.pid}/task/{process.pid}/children"
@@ -148,6 +152,10 @@ def test_places_that_make_no_sense_are_refused(monkeypatch, run):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert_one_error_line(run(train.main), "RANK='2'", "torchrun")
+    monkeypatch.setenv("RANK", "1")
+    assert_one_error_line(run(train.main), "MASTER_ADDR=''", "torchrun")
+    monkeypatch.undo()
     with pytest.raises(UserError, match="a GPU of its own"):
         distributed.device_of(World(0, 2), torch.device("cuda:0"))

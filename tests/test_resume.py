@@ -228,6 +228,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(start, run, 
     here = folder("run")
     process = start(here, [*TINY, "--epochs", 10**5])
     while not LAST.exists():
+        assert process.is_alive(), (here / "err.txt").read_text()
         time.sleep(0.01)
     for flags in (TINY, ["--resume"]):
         result = run(train.main, *flags)
@@ -286,7 +287,7 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_kept(run, folder,
     monkeypatch.setattr(BatchLoader, "_batch", poisoned)
     result = run(train.main, *TINY)
     assert_one_error_line(
-        result, "step 3 of epoch 2", "loss nan", "learning rate 0.000853553", "nonfinite.pt", "skip"
+        result, "step 3 of epoch 2", "loss nan", "lr 0.000853553", "nonfinite.pt", "skip"
     )
     kept = read(Path("checkpoints/nonfinite.pt"))
     assert (kept["epoch"], kept["step"], kept["images"].shape) == (2, 3, (25, 1, 28, 28))
@@ -413,3 +414,25 @@ def test_last_pt_is_a_checkpoint_too(stopped):
     model, content = load_checkpoint(stopped / LAST)
     assert content["epoch"] == 1 and not model.training
     assert resume.load_last(stopped / "checkpoints")[1] == stopped / LAST
+
+
+@posix
+def test_ctrl_c_in_a_save_stops_in_good_order(run, folder, monkeypatch):
+    """The files that belong together are all written before the run stops."""
+    reference = folder("reference")
+    assert run(train.main, *TINY).status == 0
+    here = folder("run")
+    original = resume.save_last
+
+    def interrupted(*args, **kwargs) -> None:
+        signal.raise_signal(signal.SIGINT)
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(resume, "save_last", interrupted)
+    result = run(train.main, *TINY)
+    assert result.status == 130 and "after 1 of 4 epochs and 0 steps, all saved" in result.err
+    assert len(json.loads(Path("checkpoints/history.json").read_text())["epochs"]) == 1
+    assert Path("TODO.md").read_text().count("| done |") == 1
+    monkeypatch.setattr(resume, "save_last", original)
+    assert run(train.main, "--resume").status == 0
+    assert_same_run(here, reference)
