@@ -315,7 +315,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], model: nn.Module
     """
     if isinstance(optimizer, torch.optim.LBFGS):  # not fused, and with lists that grow
         length = sum(p.numel() for p in model.parameters())
-        allowed = {0: {name: [(), (length,)] for name in state["state"].get(0, {})}}
+        allowed = {0: {name: [(), (length,), list, None] for name in state["state"].get(0, {})}}
     else:
         allowed = _shapes_after_a_step(optimizer, model)
     if state["state"] and state["state"].keys() != allowed.keys():
@@ -330,7 +330,8 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], model: nn.Module
 
 
 def _shapes_after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[int, dict[str, list]]:
-    """The shapes that each value of the optimizer's state may have; the model stays as it is."""
+    """The shapes that each value of the optimizer's state may have, None for a number; the model
+    stays as it is."""
     weights = copy.deepcopy(model.state_dict())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -340,13 +341,16 @@ def _shapes_after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[int, di
     model.load_state_dict(weights)
     state = optimizer.state_dict()["state"]
     return {
-        index: {name: [tuple(getattr(v, "shape", ()))] for name, v in values.items()}
+        index: {
+            name: [tuple(v.shape) if isinstance(v, torch.Tensor) else None]
+            for name, v in values.items()
+        }
         for index, values in state.items()
     }
 
 
-def _checked(value: Any, shapes: list[tuple[int, ...]]) -> Any:
-    if isinstance(value, list):
+def _checked(value: Any, shapes: list) -> Any:
+    if isinstance(value, list) and list in shapes:
         return [_checked(item, shapes) for item in value]
     if isinstance(value, torch.Tensor):
         if value.layout != torch.strided or tuple(value.shape) not in shapes:
@@ -356,6 +360,7 @@ def _checked(value: Any, shapes: list[tuple[int, ...]]) -> Any:
         return value.clone(
             memory_format=torch.contiguous_format
         )  # strides may hide how little it is
-    if value is not None and type(value) not in (int, float):
-        raise ValueError(f"its optimizer's state has a {type(value).__name__}")
+    number = value is None or (type(value) in (int, float) and abs(value) <= 2**53)
+    if None not in shapes or not number:
+        raise ValueError(f"its optimizer's state has a {type(value).__name__} out of place")
     return value
