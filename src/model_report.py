@@ -36,7 +36,7 @@ PICTURES = {
     "visualize": (
         "Predictions",
         "Test images drawn at random. Above each: the predicted class, its probability, and the "
-        "true class; green where they agree, red where not.",
+        "true class; green where they agree, vermilion where not.",
     ),
     "confusion": (
         "Confusion matrix",
@@ -130,7 +130,9 @@ def write_report(
 
     dataset = checkpoint["dataset"]
     title = f"Vision Transformer on {dataset}: {100 * outputs.correct.mean():.2f} % right"
-    lead = f"{one_line(str(checkpoint_path), 200)}, report of {date.today().isoformat()}"
+    # Two folders are enough to know it; a report is shown to others.
+    shown = Path(*Path(checkpoint_path).parts[-3:])
+    lead = f"{one_line(str(shown), 200)}, report of {date.today().isoformat()}"
     tables = {"confusion": [_scores_by_class(outputs, checkpoint["class_names"])]}
     if history:
         tables["curves"] = [_epochs(history)]
