@@ -8,7 +8,7 @@ import argparse
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -622,6 +622,42 @@ class WeightAverage:
 # Command line ------------------------------------------------------------------------------------
 
 
+def refuse_unused(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse flags that would have no effect beside the calls of optimizer and schedule.
+
+    Args:
+        settings: the run's.
+        given: the flags that were given by hand: those of a recipe may be idle.
+
+    Raises:
+        UserError: one of them would be dropped; it says why.
+    """
+    optimizer = parse_call(settings["optimizer"], OPTIMIZERS)
+    scheduler = parse_call(settings["scheduler"], SCHEDULERS)
+    known, kind = signature_of(optimizer.cls).parameters, optimizer.cls.__name__
+    reasons = {}
+    if optimizer.cls is not torch.optim.Muon:  # whose other half, AdamW, takes both
+        for name in ("lr", "weight_decay"):
+            if name in optimizer.arguments:
+                reasons[name] = f"{optimizer} sets its own"
+            elif name not in known:
+                reasons[name] = f"{kind} has none"
+    fixed = {lr_scheduler.OneCycleLR: {"max_lr"}, lr_scheduler.CyclicLR: {"base_lr", "max_lr"}}
+    if scheduler.cls in fixed and fixed[scheduler.cls] <= scheduler.arguments.keys():
+        reasons |= dict.fromkeys(("lr", "head_lr"), f"{scheduler} sets all rates itself")
+    max_norms = optimizer.arguments.get("clip_grad_max_norm")
+    if optimizer.cls is torch.optim.LBFGS:
+        reasons["grad_clip"] = "LBFGS learns from gradients as they are, they are not clipped"
+    elif max_norms is not None and None not in (max_norms if type(max_norms) is list else []):
+        reasons["grad_clip"] = f"{optimizer} clips by its own"
+    if settings["swa_lr"] is None:
+        names = ("swa_anneal_epochs", "swa_anneal_strategy")
+        reasons |= dict.fromkeys(names, "there is no --swa_lr to anneal to")
+    for name, reason in reasons.items():
+        if name in given:
+            raise UserError(f"--{name} {given[name]} has no effect: {reason}; leave it out")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags for what stands above, for every script that trains."""
     group = parser.add_argument_group("optimization (names: python src/optim.py --list)")
@@ -741,6 +777,7 @@ def main() -> None:
                 "to draw the gallery of all"
             )
         if args.scheduler:
+            refuse_unused(vars(args), parser.given())
             panels = [_panel(args, model, "")]
             print(panels[0]["title"])
         else:
