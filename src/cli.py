@@ -39,7 +39,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While the block lasts, SIGINT and SIGTERM are a wish to stop, and a second SIGINT is Ctrl-C.
+    """While the block lasts, SIGINT, SIGTERM and SIGHUP (a closed terminal) are a wish to stop.
+
+    A second SIGINT is Ctrl-C.
 
     Attributes:
         received: the signal's number; 0 if there was none.
@@ -57,7 +59,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+            for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
                 # One that is ignored was meant to be, by nohup or a shell's &.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._receive)

@@ -87,7 +87,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
     loss.legend(frameon=False)
     plot(top1, "train_acc", color=ORANGE, label="training")
     plot(top1, "val_acc", color=BLUE, label="validation")
-    best = max(history["epochs"], key=lambda row: row["val_acc"])
+    best = best_row(history)
     label = f"best: {best['val_acc']:.2f} % in epoch {best['epoch']}"
     top1.plot(best["epoch"], best["val_acc"], "*", color=GREEN, markersize=12, label=label)
     top1.legend(frameon=False)
@@ -108,6 +108,17 @@ def training_curves(history: dict[str, Any]) -> Figure:
     ending = f"{test['top1']:.2f} % on the test set" if test else "not finished"
     figure.suptitle(f"ViT on {history['dataset']}: {ending}")
     return figure
+
+
+def best_row(history: dict[str, Any]) -> dict[str, Any]:
+    """The row of the epoch that left the run's best model.
+
+    That is the last one that was the best when it ended; older histories don't tell, there it is
+    the one of the highest accuracy.
+    """
+    rows = history["epochs"]
+    marked = [row for row in rows if row.get("is_best")]
+    return marked[-1] if marked else max(rows, key=lambda row: row["val_acc"])
 
 
 def predictions(

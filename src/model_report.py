@@ -143,7 +143,12 @@ def write_report(
         if name in pictures
     ]
     if all(timings):
-        sections.append(_comparison(*(_with_top5(timing, history) for timing in timings)))
+        if any(timing.get("fingerprint") != checkpoint.get("fingerprint") for timing in timings):
+            notes.append(
+                "times on CPU and GPU are left out: not both are of this run's settings"
+            )
+        else:
+            sections.append(_comparison(*(_with_top5(timing, history) for timing in timings)))
     sections.append(_settings(checkpoint, history))
     if notes:
         sections.append(Section("Left out", text=" ".join(f"{note}." for note in notes)))
@@ -174,6 +179,7 @@ def read_history(path: Path) -> dict[str, Any]:
             {
                 **{name: _number(row[name]) for name in EPOCH_NUMBERS},
                 "epoch": int(_number(row["epoch"])),
+                "is_best": row.get("is_best") is True,
                 "lr": {figures.label(k): _number(v) for k, v in list(row["lr"].items())[:20]},
             }
             for row in data["epochs"]
@@ -192,6 +198,7 @@ def read_history(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no history of a training run (nested too deep)") from None
     return {
         "dataset": figures.label(str(data.get("dataset"))),
+        "fingerprint": data.get("fingerprint"),
         "device": one_line(str(data.get("device")), 60),
         "precision": one_line(str(data.get("precision")), 20),
         "settings": settings,
@@ -260,9 +267,10 @@ def _reason(error: Exception) -> str:
 
 
 def _same_run(history: dict[str, Any], checkpoint: dict[str, Any]) -> bool:
-    """Whether the checkpoint's validation accuracy is one that the history tells."""
+    """Whether the history tells the checkpoint's settings and its validation accuracy."""
     found = any(abs(row["val_acc"] - checkpoint["best_acc"]) < 0.01 for row in history["epochs"])
-    return found and history["dataset"] == checkpoint["dataset"]
+    same = history["fingerprint"] == checkpoint.get("fingerprint")
+    return found and same and history["dataset"] == checkpoint["dataset"]
 
 
 # ------------------------------------------------------------------- the sections
@@ -303,9 +311,10 @@ def _scores_by_class(outputs: Outputs, class_names: Sequence[str]) -> Table:
 def _epochs(history: dict[str, Any]) -> Table:
     header = ("epoch", "train loss", "train top-1 (%)", "val loss", "val top-1 (%)")
     header += ("val top-5 (%)", "time (s)")
+    best = figures.best_row(history)
     rows = [
         (
-            f"{row['epoch']}",
+            f"{row['epoch']}{' ★' if row is best else ''}",
             f"{row['train_loss']:.4f}",
             f"{row['train_acc']:.2f}",
             f"{row['val_loss']:.4f}",

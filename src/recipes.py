@@ -1,5 +1,7 @@
 """Settings of a training run, as data."""
 
+import hashlib
+import json
 from typing import Any
 
 # The published recipe: what a flag is worth if it is not given. None is off, or derived.
@@ -88,3 +90,13 @@ DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     # 20 passes over 1,437 images are too few steps for 16 blocks: fewer blocks, more passes.
     "digits": {"epochs": 100, "batch_size": 64, "depth": 4},
 }
+
+
+# What tells one run from another; the machine doesn't, so that machines can be compared.
+IDENTITY = ("recipe", "dataset", "seed", "train_samples", "settings")
+
+
+def fingerprint(run: dict[str, Any]) -> str:
+    """12 hexadecimal digits that the files of one run share, and those of its repetitions."""
+    text = json.dumps([run[name] for name in IDENTITY], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

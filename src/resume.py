@@ -2,17 +2,23 @@
 
 The one before it is kept as `last.prev.pt`. Both are checkpoints that inference.py can use, with
 more in them: the run's settings, the position in it, the state of every random generator, the
-history. Nothing in them is believed before it is checked: they may come from strangers.
+history. Nothing in them is believed before it is checked: they may come from strangers. So the
+paths that the run reads and writes stand in a file beside them, which counts only where it was
+written.
 """
 
 import argparse
 import copy
+import json
 import math
+import os
 import random
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +30,15 @@ from torch.optim import Optimizer
 from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from cli import UserError
 from distributed import World
+from files import replacing, write_text
 from optim import Schedule, WeightAverage
 from recipes import DEFAULTS
 
-LAST, PREVIOUS = "last.pt", "last.prev.pt"
+LAST, PREVIOUS, PATHS_FILE = "last.pt", "last.prev.pt", "last.paths.json"
+BEST, RAW_BEST = "best_model.pt", "best_model.raw.pt"
+PATHS = ("data_dir", "output_dir", "todo_path")  # flags whose values stand in PATHS_FILE
+# What belongs to a finished run beside its best model.
+RESULTS = ("history.json", "timing_cpu.txt", "timing_cuda.txt")
 # Flags that a run may go on with other values of. All others are the run's own.
 MAY_CHANGE = {"resume", "epochs", "device", "save_dir", "output_dir", "todo_path", "data_dir"}
 MAY_CHANGE |= {"num_workers", "compile", "save_every_steps", "on_nonfinite", "grad_accum_steps"}
@@ -37,20 +48,62 @@ OF_THE_RUN += ("grad_accum_steps", "save_every_steps", "on_nonfinite")
 OF_A_STATE = ("average_state_dict", "run", "position", "best", "history", "random")
 ROW = ("epoch", "train_loss", "train_acc", "grad_norm", "lr", "val_loss", "val_acc", "val_top5")
 ROW += ("seconds", "images_per_second")
+SOMETIMES_IN_ROW = ("skipped_steps", "is_best", "finished")
 
 
-def save_last(folder: Path, state: dict[str, Any], *, first: bool) -> None:
-    """Write `last.pt`; the file of before becomes `last.prev.pt`.
+def save_last(
+    folder: Path, state: dict[str, Any], args: argparse.Namespace, *, first: bool
+) -> None:
+    """Write `last.pt` and the run's paths; the `last.pt` of before becomes `last.prev.pt`.
 
     Args:
+        args: with the flags of PATHS.
         first: of a run: then what was there is an earlier run's, and is not kept.
 
     Raises:
         UserError: it can't be written. What was there is still there.
     """
+    paths = {name: str(Path(getattr(args, name)).absolute()) for name in PATHS}
+    paths = json.dumps({"folder": str(folder.resolve()), **paths}, indent=2) + "\n"
+    if _read_text(folder / PATHS_FILE) != paths:
+        write_text(folder / PATHS_FILE, paths)
     save_checkpoint(folder / LAST, state, keep=None if first else folder / PREVIOUS)
     if first:
         (folder / PREVIOUS).unlink(missing_ok=True)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
+def find_paths(source: Path, dataset: str, given: dict[str, Any]) -> dict[str, str]:
+    """The paths with which the run in `source` goes on, where the command line names none.
+
+    Args:
+        dataset: of the run; the digits need no `--data_dir`.
+        given: the flags that the command line names.
+
+    Raises:
+        UserError: they are not told, or were told for another folder: this one was moved, or is a
+            stranger's, which must not choose where we write.
+    """
+    wanted = [name for name in PATHS if name not in given]
+    try:
+        told = json.loads(_read_text(source.with_name(PATHS_FILE)))
+        if told["folder"] == str(source.parent.resolve()):
+            return {name: str(told[name]) for name in wanted}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass  # there is none, or it is damaged
+    wanted = [f"--{name}" for name in wanted if (name, dataset) != ("data_dir", "digits")]
+    if wanted:
+        raise UserError(
+            f"the paths of the run in {source} are not known here, its folder is not where it was "
+            f"written: give {', '.join(wanted)} again"
+        )
+    return {}
 
 
 def load_last(path: Path) -> tuple[dict[str, Any], Path]:
@@ -92,8 +145,11 @@ def _load(path: Path) -> dict[str, Any]:
             raise ValueError(f"position {epoch!r}, {step!r}")
         if len(state["history"]) != epoch:
             raise ValueError(f"{len(state['history'])} rows of history after {epoch} epochs")
+        best_acc = -1.0
         for number, row in enumerate(state["history"], 1):
             check_row(row, number)
+            row.setdefault("is_best", row["val_acc"] > best_acc)  # not told by older ones
+            best_acc = max(best_acc, row["val_acc"])
         totals = state["position"]["totals"]
         sums = [*totals["sums"], totals["grad_norm"], *totals["lrs"], totals["seconds"]]
         if totals["steps"] != step or not all(map(math.isfinite, sums)):
@@ -126,8 +182,9 @@ def check_row(row: dict[str, Any], number: int) -> None:
     numbers = [row[name] for name in ROW if name != "lr"] + [*row["lr"].values()]
     skipped = row.get("skipped_steps", [])
     numbers += skipped
-    known = row.keys() <= {*ROW, "skipped_steps"} and all(type(name) is str for name in row["lr"])
-    if not known or type(skipped) is not list:
+    known = row.keys() <= {*ROW, *SOMETIMES_IN_ROW} and all(type(n) is str for n in row["lr"])
+    datetime.fromisoformat(row.get("finished", "2000-01-01"))
+    if not known or type(skipped) is not list or type(row.get("is_best", True)) is not bool:
         raise ValueError(f"its history of epoch {number} has other things in it")
     if row["epoch"] != number or not row["lr"]:
         raise ValueError(f"epoch {number} is missing in its history")
@@ -169,10 +226,10 @@ def merge(run: argparse.Namespace, given: dict[str, Any], path: Path) -> argpars
     return argparse.Namespace(**{**vars(run), **changed})
 
 
-def places(args: argparse.Namespace, defaults: argparse.Namespace, path: Path) -> str:
-    """The flags to go on with from `path`: `--resume`, and where else the run reads and writes."""
+def flags_to_go_on(args: argparse.Namespace, defaults: argparse.Namespace, path: Path) -> str:
+    """The flags to go on with from `path`: `--resume`, and what is told of the machine alone."""
     flags = ["--resume", str(path)]
-    for name in ("device", "compile", "data_dir", "output_dir", "todo_path"):
+    for name in ("device", "compile"):
         if getattr(args, name) != getattr(defaults, name):
             flags += [f"--{name}", str(getattr(args, name))]
     return shlex.join(flags)
@@ -191,6 +248,59 @@ def note_unfinished(folder: Path) -> None:
             "new run will replace it, --resume would go on with it",
             file=sys.stderr,
         )
+
+
+def set_aside(folder: Path, new: dict[str, Any]) -> None:
+    """Move another run's best model out of the way, with its history and timings, and say so.
+
+    They go to a folder in `folder`, named after the time when the model was written. The model of a
+    run with the same settings on the same data set stays: it is to be replaced.
+
+    Args:
+        new: the checkpoint that will take the place, with `dataset` and `settings`.
+
+    Raises:
+        UserError: they can't be moved.
+    """
+    best_path = folder / BEST
+    if not best_path.exists():
+        return
+    try:
+        old = read_checkpoint(best_path)
+        if all(old[name] == new[name] for name in ("dataset", "settings")):
+            return
+        what = f"the best model of another run ({old['best_acc']:.2f} % of its validation images)"
+    except (UserError, LookupError, TypeError, ValueError, RuntimeError):  # or not comparable
+        what = "a file that cannot be read as a model"
+    when = datetime.fromtimestamp(best_path.stat().st_mtime)
+    aside = folder / when.strftime("%Y-%m-%d_%H-%M-%S")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}_")
+    try:
+        aside.mkdir()
+        for name in (*RESULTS, BEST):
+            if (folder / name).exists():
+                os.replace(folder / name, aside / name)
+    except OSError as error:
+        raise UserError(
+            f"{best_path} of another run cannot be moved to {aside} ({error.strerror or error}): "
+            "name another folder with --save_dir"
+        ) from None
+    print(f"kept:     {what} is now {aside / BEST}")
+
+
+def keep_raw_best(best_path: Path, swa_start: int) -> None:
+    """Copy the best model of the epochs before `swa_start` to `best_model.raw.pt`.
+
+    From then on only averages compete, and the first one takes its place.
+    """
+    try:
+        is_raw = read_checkpoint(best_path)["epoch"] < swa_start
+    except (UserError, LookupError, TypeError):
+        return  # there is none
+    if is_raw:
+        with replacing(best_path.with_name(RAW_BEST)) as temporary:
+            shutil.copyfile(best_path, temporary)
 
 
 # ------------------------------------------------------------------------------------- going there
@@ -253,6 +363,7 @@ def bring_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[fl
         # One of a later epoch was written just before the stop, and will be written again.
         if (best.get("epoch"), best.get("best_acc")) == (epoch, acc) or best["epoch"] > epoch:
             if moved:
+                set_aside(best_path.parent, state)
                 save_checkpoint(best_path, best)
             return acc, epoch
     except UserError:
@@ -264,6 +375,7 @@ def bring_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[fl
     )
     if state["position"]["step"]:
         return -1.0, 0
+    set_aside(best_path.parent, state)
     save_checkpoint(best_path, {n: v for n, v in state.items() if n not in OF_A_STATE})
     return state["history"][-1]["val_acc"], state["position"]["epoch"]
 

@@ -27,7 +27,7 @@ from checkpoint import MAX_WEIGHT, load_checkpoint, save_checkpoint, versions
 from cli import Stopped, StopSignals, UserError
 from distributed import ALONE, World
 from files import check_writable, held, uninterrupted, write_json, write_text
-from recipes import DATASET_SETTINGS, DEFAULTS, RECIPES
+from recipes import DATASET_SETTINGS, DEFAULTS, RECIPES, fingerprint
 from speed import compile_network, keep_memory
 from utils import (
     BatchLoader,
@@ -37,7 +37,7 @@ from utils import (
     load_dataset,
     make_loaders,
     reset_todo_md,
-    restore_todo_md,
+    timestamp,
     update_todo_md,
 )
 from vit_model import ViT, count_parameters
@@ -411,6 +411,9 @@ def main() -> None:
             args.save_dir = source if source.is_dir() else source.parent
         if world.leads:  # the file needn't be on the others' machines
             state, source = resume.load_last(source)
+            for name, path in resume.find_paths(source, state["run"]["dataset"], given).items():
+                setattr(args, name, path if name == "data_dir" else Path(path))
+                given[name] = getattr(args, name)
     if world.leads:
         for name in ("best_model.pt", "history.json", f"timing_{device.type}.txt"):
             check_writable(args.save_dir / name)
@@ -424,7 +427,7 @@ def main() -> None:
         if args.resume is None and world.leads:
             resume.note_unfinished(args.save_dir)
         elif args.resume is not None:
-            state, source = world.share((state, source))
+            state, source, given = world.share((state, source, given))
             run, settings = parse_args(resume.as_flags(state["run"]))
             save_dir = args.save_dir
             args, given = resume.merge(run, given, source), {**settings, **given}
@@ -446,18 +449,21 @@ def train(
         state: what a run has left in its last.pt, to go on from; None: start.
     """
     precision = cli.choose_precision(args.precision, device)
-    best_path, history_path = args.save_dir / "best_model.pt", args.save_dir / "history.json"
+    best_path, history_path = args.save_dir / resume.BEST, args.save_dir / "history.json"
     timing_path = args.save_dir / f"timing_{device.type}.txt"
     curves_path = args.output_dir / "training_curves.png"
     last_path = args.save_dir / resume.LAST
 
     # ------------------------------------------------------------------------------------ data
     likely = "mnist" if args.dataset == "auto" else args.dataset
-    settings_for(args.recipe, likely, given)  # refuses before a download what would fail after it
+    settings = settings_for(args.recipe, likely, given)  # refuses now what would fail later
+    if state is None:
+        optim.refuse_unused(settings, given)
     dataset = load_in_turn(args.dataset, args.data_dir, world)
     settings = settings_for(args.recipe, dataset.name, given)
     run = {name: getattr(args, name) for name in resume.OF_THE_RUN}
     run |= {"dataset": dataset.name, "settings": dict(settings)}
+    run["fingerprint"] = state["run"].get("fingerprint") if state else fingerprint(run)
     train_loader, val_loader, test_loader = make_loaders(
         dataset,
         settings["batch_size"],
@@ -516,6 +522,7 @@ def train(
 
     history = {
         "dataset": dataset.name,
+        "fingerprint": run["fingerprint"],
         "settings": {
             "recipe": args.recipe,
             **settings,
@@ -538,6 +545,7 @@ def train(
         "normalization": {"mean": dataset.mean, "std": dataset.std},
         "dataset": dataset.name,
         "class_names": list(dataset.class_names),
+        "fingerprint": run["fingerprint"],
         "settings": history["settings"],
         "versions": history["versions"],
     }
@@ -554,10 +562,10 @@ def train(
         epochs_done, history["epochs"] = state["position"]["epoch"], state["history"]
         train_loader.epoch, train_loader.skip = epochs_done, totals.steps
         best_acc, best_epoch = state["best"]["acc"], state["best"]["epoch"]
-        if world.leads:  # a stop between two files leaves one behind
+        if world.leads and epochs_done:  # a stop between two files leaves one behind
             best_acc, best_epoch = resume.bring_best(state, args.resume, best_path)
             write_json(history_path, history)
-            restore_todo_md(settings["epochs"], history["epochs"], args.todo_path, dataset.name)
+            reset_todo_md(settings["epochs"], args.todo_path, dataset.name, history["epochs"])
         best_acc, best_epoch = world.share((best_acc, best_epoch))
         print(f"resumed:  {args.resume}, after {epochs_done} epochs and {totals.steps} steps")
 
@@ -594,7 +602,7 @@ def train(
                 "random": generators,
             }
             with uninterrupted():
-                resume.save_last(args.save_dir, content, first=is_first_save)
+                resume.save_last(args.save_dir, content, args, first=is_first_save)
         is_first_save = False
         world.share(None)  # none goes on before it is written
 
@@ -608,12 +616,13 @@ def train(
             save_checkpoint(path, content)
         return path
 
-    places = resume.places(args, parse_args([])[0], last_path)
+    flags_to_go_on = resume.flags_to_go_on(args, parse_args([])[0], last_path)
 
     def stop_here(number: int) -> None:
         raise Stopped(
             f"stopped by {signal.Signals(number).name} after {epochs_done} of {settings['epochs']} "
-            f"epochs and {totals.steps} steps, all saved; to go on, run this again with: {places}",
+            f"epochs and {totals.steps} steps, all saved; to go on, run this again with: "
+            f"{flags_to_go_on}",
             number,
         )
 
@@ -682,7 +691,7 @@ def train(
                 # ------------------------------------------------------------------ checkpoint
                 if epoch == settings["swa_start"]:
                     best_acc = -1.0  # from here on it is the average that is to be the best
-                is_best = val_acc > best_acc
+                is_best, is_first_best = val_acc > best_acc, not best_epoch
                 best_acc, best_epoch = (val_acc, epoch) if is_best else (best_acc, best_epoch)
                 epochs_done, totals = epoch, Totals.of_nothing(optimizer, device)
                 history["epochs"].append(
@@ -692,12 +701,18 @@ def train(
                         "val_loss": val_loss,
                         "val_acc": val_acc,
                         "val_top5": val_top5,
+                        "is_best": is_best,
+                        "finished": timestamp(),
                         "seconds": seconds,
                         "images_per_second": len(train_loader.split) / train_seconds,
                     }
                 )
                 with uninterrupted():
                     if is_best and world.leads:  # before last.pt, which counts on it
+                        if is_first_best:
+                            resume.set_aside(args.save_dir, about)
+                        if epoch == settings["swa_start"]:
+                            resume.keep_raw_best(best_path, epoch)
                         save_checkpoint(best_path, usable())
                     save_last()
                     if world.leads:
@@ -726,7 +741,7 @@ def train(
         except Stopped:
             raise
         except KeyboardInterrupt:
-            go_on = f"run this again with: {places}"
+            go_on = f"run this again with: {flags_to_go_on}"
             saved = (
                 "nothing was saved" if is_first_save else f"to go on from the last save, {go_on}"
             )
@@ -753,6 +768,7 @@ def train(
         "test_acc": f"{test_acc:.2f}",
         "test_top5": f"{test_top5:.2f}",
         "dataset": dataset.name,
+        "fingerprint": run["fingerprint"],
     }
     if world.leads:
         with uninterrupted():

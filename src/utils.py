@@ -9,14 +9,14 @@ import hashlib
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -413,14 +413,25 @@ TODO_HEADER = [
 
 
 def reset_todo_md(
-    epochs: int, todo_path: str | Path = "./TODO.md", dataset: str | None = None
+    epochs: int,
+    todo_path: str | Path = "./TODO.md",
+    dataset: str | None = None,
+    history: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Give TODO.md's progress table a row for each epoch, none started; other text stays."""
+    """Give TODO.md's progress table a row for each epoch of a run; other text stays.
+
+    Args:
+        history: rows of history.json, of the epochs that are done; the others are not started.
+    """
     before, _, after, newline = _split_todo(todo_path)
     caption = f"Data set: {dataset}"
     if len(before) > 1 and before[-2].startswith("Data set: ") and not before[-1]:
         before = before[:-2]
-    rows = [f"| {epoch} | not started | | | | |" for epoch in range(1, epochs + 1)]
+    rows = [
+        _todo_row(n, row["train_loss"], row["val_acc"], row["is_best"], row.get("finished", ""))
+        for n, row in enumerate(history, 1)
+    ]
+    rows += [f"| {n} | not started | | | | |" for n in range(len(rows) + 1, epochs + 1)]
     before += [caption, ""] if dataset else []
     write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
 
@@ -434,9 +445,7 @@ def update_todo_md(
 ) -> None:
     """Fill in an epoch's row of TODO.md's progress table, adding the row or table if it is gone."""
     before, rows, after, newline = _split_todo(todo_path)
-    finished = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-    best = "yes" if is_best else "no"
-    row = f"| {epoch} | done | {train_loss:.4f} | {val_acc:.2f} | {best} | {finished} |"
+    row = _todo_row(epoch, train_loss, val_acc, is_best, timestamp())
     same = [i for i, r in enumerate(rows) if r.split("|")[1].strip() == str(epoch)]
     first = same[0] if same else len(rows)
     others = [r for i, r in enumerate(rows) if i > first and i not in same]
@@ -444,31 +453,14 @@ def update_todo_md(
     write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
 
 
-def restore_todo_md(
-    epochs: int,
-    history: list[dict],
-    todo_path: str | Path = "./TODO.md",
-    dataset: str | None = None,
-) -> None:
-    """Bring TODO.md's progress table to what a run's history says, where it says less.
+def _todo_row(epoch: int, train_loss: float, val_acc: float, is_best: bool, finished: str) -> str:
+    best = "yes" if is_best else "no"
+    return f"| {epoch} | done | {train_loss:.4f} | {val_acc:.2f} | {best} | {finished} |"
 
-    Args:
-        epochs: of the whole run.
-        history: a row for each epoch done, as in history.json.
-    """
-    before, rows, after, newline = _split_todo(todo_path)
-    states = {row.split("|")[1].strip(): row for row in rows}
-    best = -1.0
-    if not rows:
-        reset_todo_md(epochs, todo_path, dataset)
-    elif len(rows) < epochs:
-        missing = (n for n in range(1, epochs + 1) if str(n) not in states)
-        rows += [f"| {epoch} | not started | | | | |" for epoch in missing]
-        write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
-    for row in history:
-        is_best, best = row["val_acc"] > best, max(best, row["val_acc"])
-        if "| done |" not in states.get(str(row["epoch"]), ""):
-            update_todo_md(row["epoch"], row["train_loss"], row["val_acc"], is_best, todo_path)
+
+def timestamp() -> str:
+    """The local time, to the second."""
+    return datetime.now().isoformat(" ", "seconds")
 
 
 def _split_todo(todo_path: str | Path) -> tuple[list[str], list[str], list[str], str]:

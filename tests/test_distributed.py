@@ -148,6 +148,25 @@ def test_wrong_usage_is_told_once(folder):
     assert "there is no checkpoints to resume" in lines[0]
 
 
+def meet(rank: int, store: str) -> None:
+    """One of two processes, of which one has something to say: each must hear of it."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    world = World(rank, 2, rank, 2)
+    for bad in (0, 1):
+        assert not world.all(torch.tensor(rank != bad))
+    assert world.all(torch.tensor(True)) and not world.all(torch.tensor(False))
+    assert world.sum(torch.tensor([rank + 1.0])).item() == 3
+    assert world.share(rank) == 0 and world.gather(rank) == [0, 1]
+    torch.distributed.destroy_process_group()
+
+
+def test_what_one_process_tells_reaches_all(tmp_path):
+    """A step that is bad in one process is bad in all."""
+    torch.multiprocessing.spawn(meet, (str(tmp_path / "store"),), nprocs=2)
+
+
 def test_places_that_make_no_sense_are_refused(monkeypatch, run):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "2")

@@ -205,7 +205,8 @@ def check_resume(run, tmp_path, content: bytes) -> int:
     """Go on from it, to the end: 0, or 2 with one line that says why not."""
     (tmp_path / "hostile.pt").write_bytes(content)
     with bounded(memory=500 << 20):
-        result = run(train.main, "--resume", "hostile.pt", "--device", "cpu", "--compile", "off")
+        flags = ["--output_dir", "outputs", "--todo_path", "TODO.md", "--data_dir", "mnist"]
+        result = run(train.main, "--resume", "hostile.pt", "--device", "cpu", *flags)
     warnings = [line for line in result.err.splitlines() if line.startswith(("WARNING", "note"))]
     others = [line for line in result.err.splitlines() if line not in warnings]
     assert result.status in (0, 2) and len(others) == (result.status == 2), result.err[-3000:]

@@ -202,6 +202,9 @@ def outputs(trained) -> explain.Outputs:
     )
 
 
+FINGERPRINT = "0123456789ab"  # of the settings that all these files are of
+
+
 @pytest.fixture
 def write(tmp_path, trained, outputs):
     """write(**checkpoint) -> notes, HTML and Markdown of a report beside `tmp_path`'s files."""
@@ -211,7 +214,7 @@ def write(tmp_path, trained, outputs):
         notes = model_report.write_report(
             tmp_path / "report.html",
             checkpoint_path=tmp_path / "model.pt",
-            checkpoint={**checkpoint, **changes},
+            checkpoint={**checkpoint, "fingerprint": FINGERPRINT, **changes},
             model=model,
             outputs=outputs,
             pictures=dict.fromkeys(PICTURES, PNG),
@@ -230,6 +233,7 @@ TIMING = {
     "best_val_acc": "98.65",
     "test_acc": "98.97",
     "dataset": "mnist",
+    "fingerprint": FINGERPRINT,
 }
 
 
@@ -257,6 +261,10 @@ def test_two_timings_are_compared_in_both_files(tmp_path, write):
         assert f"| {' | '.join(row)} |".replace("_", "\\_") in markdown
     write_timing(tmp_path / "timing_cuda.txt", epochs="5")
     assert "differ in epochs" in write()[2]
+    for fingerprint in ("of other settings", None):
+        write_timing(tmp_path / "timing_cuda.txt", **gpu, fingerprint=fingerprint)
+        notes, page, _ = write()
+        assert "CPU against GPU" not in page and "not both are of this run" in notes[0]
 
 
 def test_a_timing_without_top5_takes_it_from_its_own_runs_history(tmp_path, write):
@@ -291,7 +299,8 @@ def history(**changes) -> dict:
     numbers = dict.fromkeys(model_report.EPOCH_NUMBERS, 1.0)
     row = {**numbers, "lr": {"all": 0.1}, **changes.pop("row", {})}
     test = {"loss": 0.1, "top1": 99.0, "top5": 100.0}
-    return {"dataset": "digits", "epochs": [row], "test": test, "settings": {}, **changes}
+    told = {"dataset": "digits", "fingerprint": FINGERPRINT, "settings": {}}
+    return {**told, "epochs": [row], "test": test, **changes}
 
 
 @pytest.mark.parametrize(
@@ -332,6 +341,25 @@ def test_what_is_left_out_of_a_report_is_noted(tmp_path, write):
     (tmp_path / "history.json").write_text(json.dumps(history(row={"val_acc": 1.5})))
     assert any("not of this checkpoint" in note for note in write()[0])
     assert not any("history" in note for note in write(best_acc=1.5)[0])
+    assert any("not of this checkpoint" in n for n in write(best_acc=1.5, fingerprint="another")[0])
+
+
+def test_curve_and_table_star_the_epoch_that_left_the_best_model(tmp_path, write):
+    """Not the highest accuracy: averages compete among themselves."""
+    rows = [
+        history(row={"epoch": epoch, "val_acc": acc, "is_best": is_best})["epochs"][0]
+        for epoch, (acc, is_best) in enumerate([(97, True), (99, True), (98, True), (97.5, False)])
+    ]
+    (tmp_path / "history.json").write_text(json.dumps(history(epochs=rows)))
+    notes, page, markdown = write(best_acc=98)
+    assert notes == [] and "<td>2 ★</td>" in page and page.count("★") == 1
+    assert "| 2 ★ |" in markdown and markdown.count("★") == 1
+    figure = figures.training_curves({**history(epochs=rows), "test": None})
+    labels = [label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]]
+    assert "best: 98.00 % in epoch 2" in labels
+    for row in rows:  # as older files are
+        del row["is_best"]
+    assert figures.best_row({"epochs": rows})["epoch"] == 1
 
 
 def test_an_unfinished_runs_history_is_drawn(tmp_path, write):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_one_error_line
@@ -21,6 +22,8 @@ from utils import BatchLoader
 TINY = "--device cpu --dataset digits --train_samples 150 --batch_size 25".split()
 TINY += "--depth 1 --embed_dim 16 --num_heads 2 --epochs 4".split()
 LAST, BEST = Path("checkpoints/last.pt"), Path("checkpoints/best_model.pt")
+# For a last.pt that was put somewhere else.
+HERE = ("--output_dir", "outputs", "--todo_path", "TODO.md")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 
 
@@ -30,12 +33,13 @@ def read(path: Path) -> dict:
 
 def differences(a, b, path: str = "") -> list[str]:
     """Where two checkpoints differ by a single bit; times aside."""
+    times = ("seconds", "images_per_second", "finished")
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [path]
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return [f"{path}: {a.keys() ^ b.keys()}"]
-        keys = [key for key in a if key not in ("seconds", "images_per_second")]
+        keys = [key for key in a if key not in times]
         return [d for key in keys for d in differences(a[key], b[key], f"{path}.{key}")]
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
@@ -98,7 +102,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, folder, at_step, flags):
     flags = [*flags.split(), *TINY]
     reference = folder("reference")
     assert run(train.main, *flags).status == 0
-    for name, step, number in (("int", 3, signal.SIGINT), ("term", 14, signal.SIGTERM)):
+    stops = {"int": (3, signal.SIGINT), "term": (14, signal.SIGTERM), "hup": (9, signal.SIGHUP)}
+    for name, (step, number) in stops.items():
         stopped = folder(name)
         at_step(step, lambda number=number: signal.raise_signal(number))
         result = run(train.main, *flags)
@@ -377,7 +382,7 @@ def test_a_state_that_was_tampered_with_ends_in_one_line(run, stopped, harm):
     state = read(stopped / LAST)
     harm(state)
     save_checkpoint("last.pt", state)
-    result = run(train.main, "--resume", "last.pt", "--epochs", 2)
+    result = run(train.main, "--resume", "last.pt", "--epochs", 2, *HERE)
     assert_one_error_line(result)
 
 
@@ -387,8 +392,91 @@ def test_paths_are_not_taken_from_the_file(run, stopped, tmp_path):
     state["run"] |= places
     state["run"]["settings"] |= places
     save_checkpoint("last.pt", state)
-    assert run(train.main, "--resume", "last.pt", "--epochs", 2).status == 0
-    assert not list(tmp_path.glob("evil*"))
+    assert run(train.main, "--resume", "last.pt", "--epochs", 2, *HERE).status == 0
+    assert not list(tmp_path.glob("evil*")) and Path("outputs/training_curves.png").exists()
+
+
+def test_a_resumed_run_reads_and_writes_where_it_did(run, folder):
+    """Also when it is called from another folder, where another run has its own files."""
+    first = folder("first")
+    flags = [*TINY, "--output_dir", "pictures", "--todo_path", "plans/TODO.md"]
+    assert run(train.main, *flags, "--epochs", 2).status == 0
+    (first / "pictures" / "training_curves.png").unlink()
+    folder("second")
+    assert run(train.main, *TINY, "--epochs", 1).status == 0
+    others = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+    result = run(train.main, "--resume", first / LAST, "--epochs", 3)
+    assert result.status == 0 and result.err == ""
+    assert (first / "pictures" / "training_curves.png").exists()
+    assert (first / "plans" / "TODO.md").read_text().count("| done |") == 3
+    assert {path: path.read_bytes() for path in others} == others
+    # A flag given by hand wins, and is known from then on.
+    assert (
+        run(train.main, "--resume", first / LAST, "--epochs", 4, "--todo_path", "T.md").status == 0
+    )
+    assert run(train.main, "--resume", first / LAST, "--epochs", 5).status == 0
+    assert Path("T.md").read_text().count("| done |") == 5
+    assert (first / "plans" / "TODO.md").read_text().count("| done |") == 3
+
+
+@pytest.mark.parametrize("told", ["moved", "no file", "no JSON", "[]", '{"folder": 7}'])
+def test_a_moved_run_needs_its_paths_again(run, folder, told):
+    first = folder("first")
+    assert run(train.main, *TINY, "--epochs", 1).status == 0
+    folder("second")
+    (first / "checkpoints").rename("moved")
+    paths = Path("moved/last.paths.json")
+    assert paths.exists()
+    if told == "no file":
+        paths.unlink()
+    elif told != "moved":
+        paths.write_text(told)
+    before = sorted(Path().rglob("*"))
+    resume_it = ["--resume", "moved", "--epochs", 2]
+    result = run(train.main, *resume_it)
+    assert_one_error_line(result, "moved/last.pt", "give --output_dir, --todo_path again")
+    assert "--data_dir" not in result.err  # the digits come with scikit-learn
+    result = run(train.main, *resume_it, "--output_dir", "outputs")
+    assert_one_error_line(result, "give --todo_path again")
+    assert sorted(Path().rglob("*")) == before
+    assert run(train.main, *resume_it, *HERE).status == 0
+    assert run(train.main, "--resume", "moved", "--epochs", 3).status == 0
+
+
+def test_the_progress_table_is_brought_to_what_the_run_has_done(run, folder):
+    """With the times of then, and without another run's rows."""
+    folder("run")
+    assert run(train.main, *TINY, "--epochs", 2).status == 0
+    times = ["2020-01-01 10:00:00", "2020-01-01 10:00:09"]
+    state = read(LAST)
+    for row, finished in zip(state["history"], times, strict=True):
+        row["finished"] = finished
+    save_checkpoint(LAST, state)
+    another = "| 1 | done | 9.9999 | 11.11 | yes | 2021-01-01 00:00:00 |"
+    for table in (another, another.replace("| 1 |", "| 3 |")):
+        text = Path("TODO.md").read_text()
+        Path("TODO.md").write_text(re.sub(r"(\| \d+ \| .*\n)+", f"{table}\n", text))
+        assert run(train.main, "--resume").status == 0
+        rows = re.findall(r"^\| \d+ \|.*", Path("TODO.md").read_text(), re.MULTILINE)
+        expected = [
+            f"| {row['epoch']} | done | {row['train_loss']:.4f} | {row['val_acc']:.2f} | "
+            f"{'yes' if row['is_best'] else 'no'} | {row['finished']} |"
+            for row in state["history"]
+        ]
+        assert rows == expected
+
+
+def test_every_random_generator_is_put_back():
+    draw = [lambda: random.random(), lambda: np.random.rand(), lambda: torch.rand(1).item()]
+    resume.seed_generators(3)
+    first = [one() for one in draw for _ in range(3)]
+    state = resume.random_state(torch.device("cpu"))
+    then = [one() for one in draw for _ in range(3)]
+    assert [one() for one in draw for _ in range(3)] != then
+    resume.set_random_state(state, torch.device("cpu"))
+    assert [one() for one in draw for _ in range(3)] == then
+    resume.seed_generators(3)
+    assert [one() for one in draw for _ in range(3)] == first
 
 
 def test_a_new_run_says_that_it_replaces_an_unfinished_one(run, folder, at_step):

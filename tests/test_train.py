@@ -32,7 +32,7 @@ def test_a_run_writes_all_that_it_promises(trained):
     model, checkpoint = load_checkpoint(trained / "checkpoints" / "best_model.pt")
     published = {"epoch", "model_state_dict", "optimizer_state_dict", "best_acc"}
     ours = {"model_config", "normalization", "dataset", "class_names", "settings", "versions"}
-    ours |= {"scheduler_state_dict"}
+    ours |= {"scheduler_state_dict", "fingerprint"}
     assert set(checkpoint) == published | ours
     assert checkpoint["dataset"] == "digits"
     assert checkpoint["model_config"]["depth"] == len(model.blocks) == 2
@@ -49,12 +49,16 @@ def test_a_run_writes_all_that_it_promises(trained):
     rates = [row["lr"]["all parameters"] for row in history["epochs"]]
     assert rates == pytest.approx(cosine)
     assert all(row["grad_norm"] > 0 for row in history["epochs"])
+    marked = [row["epoch"] for row in history["epochs"] if row["is_best"]]
+    assert marked[0] == 1 and marked[-1] == best["epoch"]
+    fingerprints = {history["fingerprint"], checkpoint["fingerprint"]}
+    assert len(fingerprints) == 1 and len(history["fingerprint"]) == 12
 
     timing = (trained / "checkpoints" / "timing_cpu.txt").read_text().splitlines()
     keys = "device epochs batch_size total_train_time avg_time_per_epoch best_val_acc test_acc "
-    keys += "test_top5 dataset"
+    keys += "test_top5 dataset fingerprint"
     assert [line.split(": ")[0] for line in timing] == keys.split()
-    assert timing[-3] == f"test_acc: {history['test']['top1']:.2f}"
+    assert timing[-4] == f"test_acc: {history['test']['top1']:.2f}"
 
     rows = todo_rows(trained)
     assert len(rows) == 15
@@ -341,6 +345,16 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--batch_size -1", "--batch_size '-1'"),
         ("--lr nan", "--lr 'nan' above 0"),
         ("--optimizer SparseAdam", "SparseAdam sparse"),
+        ("--optimizer SGD(lr=0.1) --lr 1e-5", "--lr 1e-05 SGD(lr=0.1) sets its own"),
+        ("--optimizer SGD(lr=0.1,weight_decay=0.1) --weight_decay 1", "--weight_decay 1.0 own"),
+        ("--optimizer Rprop --weight_decay 5", "--weight_decay 5.0 Rprop has none"),
+        ("--scheduler OneCycleLR(max_lr=0.5) --lr 0.1", "--lr 0.1 sets all rates itself"),
+        ("--scheduler OneCycleLR(max_lr=0.5) --head_lr 0.1", "--head_lr 0.1 rates itself"),
+        ("--scheduler CyclicLR(base_lr=0.1,max_lr=0.5) --lr 0.1", "--lr 0.1 rates itself"),
+        ("--swa_anneal_epochs 7", "--swa_anneal_epochs 7 no --swa_lr"),
+        ("--swa_start 1 --swa_anneal_strategy linear", "--swa_anneal_strategy no --swa_lr"),
+        ("--optimizer LBFGS --grad_clip 2", "--grad_clip 2.0 LBFGS not clipped"),
+        ("--optimizer AdamW(clip_grad_max_norm=1) --grad_clip 2", "--grad_clip clips by its own"),
         ("--optimizer AdmaW", "AdmaW AdamW"),
         ("--optimizer SGD(momentun=0.9)", "momentun SGD("),
         ("--scheduler StepLR", "StepLR step_size"),
@@ -420,6 +434,83 @@ def test_a_run_on_a_gpu(run, tmp_path):
     assert (tmp_path / "checkpoints" / "timing_cuda.txt").exists()
     history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
     assert history["test"]["top1"] > 60
+
+
+# ------------------------------------------------------------------------ what was there before
+
+
+def best(folder) -> dict:
+    return torch.load(folder / "best_model.pt", weights_only=True)
+
+
+def test_a_finished_model_of_other_settings_is_kept_with_its_files(run, tmp_path):
+    here = tmp_path / "checkpoints"
+    assert run(train.main, *TINY, "--epochs", 2).status == 0
+    names = ("best_model.pt", "history.json", "timing_cpu.txt")
+    before = {name: (here / name).read_bytes() for name in names}
+    result = run(train.main, *TINY, "--epochs", 1)
+    assert result.status == 0
+    (aside,) = (path for path in here.iterdir() if path.is_dir())
+    assert {name: (aside / name).read_bytes() for name in names} == before
+    (line,) = (line for line in result.out.splitlines() if line.startswith("kept: "))
+    assert f"{aside.name}/best_model.pt" in line and f"{best(aside)['best_acc']:.2f} %" in line
+    assert len(json.loads((here / "history.json").read_text())["epochs"]) == 1
+    # The same settings once more: that model comes out again.
+    assert "kept: " not in run(train.main, *TINY, "--epochs", 1).out
+    # A second one, made in the same second, and one that isn't ours.
+    result = run(train.main, *TINY, "--epochs", 2)
+    assert "kept: " in result.out
+    (here / "best_model.pt").write_bytes(b"mine")
+    result = run(train.main, *TINY, "--epochs", 1)
+    assert "kept:     a file that cannot be read as a model" in result.out
+    assert sorted(len(list(p.iterdir())) for p in here.iterdir() if p.is_dir()) == [3, 3, 3]
+    assert b"mine" in [path.read_bytes() for path in here.rglob("best_model.pt")]
+
+
+def test_a_run_that_moves_to_another_folder_keeps_the_model_there(run, tmp_path):
+    for name, epochs in (("here", 1), ("there", 2)):
+        assert run(train.main, *TINY, "--epochs", epochs, "--save_dir", name).status == 0
+    flags = ["--resume", "here/last.pt", "--save_dir", "there", "--epochs", 3]
+    result = run(train.main, *flags)
+    assert result.status == 0 and "kept: " in result.out
+    (aside,) = (path for path in (tmp_path / "there").iterdir() if path.is_dir())
+    assert best(aside)["settings"]["epochs"] == 2
+    told = [json.loads((tmp_path / p / "history.json").read_text()) for p in ("here", "there")]
+    # A run that is extended stays the same run, for the report.
+    assert told[0]["fingerprint"] == told[1]["fingerprint"] != best(aside)["fingerprint"]
+
+
+def test_from_swa_start_on_only_averages_compete(run, tmp_path):
+    """The raw model of an earlier epoch is better than all averages, and is kept."""
+    wild = "LambdaLR('1 if epoch < 4 else 100')"
+    flags = [*TINY, "--epochs", 6, "--swa_start", 5, "--scheduler", wild, "--lr", 1e-2]
+    assert run(train.main, *flags).status == 0
+    rows = json.loads((tmp_path / "checkpoints" / "history.json").read_text())["epochs"]
+    raw, averages = [row["val_acc"] for row in rows[:4]], [row["val_acc"] for row in rows[4:]]
+    assert max(raw) > max(averages)
+    assert rows[4]["is_best"] and rows[5]["is_best"] == (averages[1] > averages[0])
+    checkpoint = best(tmp_path / "checkpoints")
+    assert checkpoint["best_acc"] == max(averages) and checkpoint["epoch"] >= 5
+    kept = torch.load(tmp_path / "checkpoints" / "best_model.raw.pt", weights_only=True)
+    assert kept["best_acc"] == max(raw) and "raw_model_state_dict" not in kept
+    stars = [row.split("|")[5].strip() for row in todo_rows(tmp_path)]
+    assert stars == ["yes" if row["is_best"] else "no" for row in rows]
+
+
+def test_the_schedule_moves_with_every_step(run, tmp_path):
+    """A run's rates are those of PyTorch's own OneCycleLR, called once a step."""
+    flags = [*TINY, "--epochs", 3, "--batch_size", 20, "--scheduler", "onecycle", "--lr", 0.01]
+    assert run(train.main, *flags, "--optimizer", "SGD(momentum=0.9)").status == 0
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=15)
+    expected = []
+    for _ in range(15):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step() if len(expected) < 15 else None
+    rows = json.loads((tmp_path / "checkpoints" / "history.json").read_text())["epochs"]
+    found = [row["lr"]["all parameters"] for row in rows]
+    assert found == pytest.approx([sum(expected[i : i + 5]) / 5 for i in (0, 5, 10)])
 
 
 # ----------------------------------------------------------------------------------------- stopping
