@@ -1,0 +1,107 @@
+"""A training step alone and beside one busy process, under several settings of the waiting threads.
+
+PyTorch's Linux wheels bring libgomp, whose threads spin while they wait for each other. Where one of
+them waits for a core, the others spin in vain. GOMP_SPINCOUNT says how long. Every setting has a
+process of its own in each turn, since libgomp reads it once, when PyTorch is imported.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import report  # first: it finds src
+import torch
+from torch import nn
+
+import cli
+import optim
+from recipes import DEFAULTS
+from speed import keep_memory
+from vit_model import ViT
+
+SETTINGS = {
+    "libgomp's own": {"GOMP_SPINCOUNT": ""},
+    "GOMP_SPINCOUNT=500": {"GOMP_SPINCOUNT": "500"},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},
+    "GOMP_SPINCOUNT=5000": {"GOMP_SPINCOUNT": "5000"},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
+}
+
+
+def steps(number: int) -> list[float]:
+    """Seconds of each of so many steps of the default network, after three for warm-up."""
+    keep_memory()
+    device = torch.device("cpu")
+    precision = cli.choose_precision("auto", device)
+    torch.manual_seed(0)
+    model = ViT().train()
+    optimizer = optim.build_optimizer("AdamW", model, lr=1e-3, weight_decay=1e-4)
+    images = torch.randn(DEFAULTS["batch_size"], 1, 28, 28)
+    labels = torch.randint(10, (DEFAULTS["batch_size"],))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    return [report.seconds(step, device) for _ in range(number + 3)][3:]
+
+
+def in_a_process(variables: dict[str, str], number: int) -> list[float]:
+    """`steps` in a new process with these environment variables; an empty one is left out."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    # Not set at all is what the scripts set for themselves: "" is libgomp's own.
+    command = [sys.executable, __file__, "--one", str(number)]
+    done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument("--steps", default=15, type=cli.integer(1), help="in each process")
+    parser.add_argument("--turns", default=3, type=cli.integer(1), help="processes of each setting")
+    parser.add_argument("--one", type=cli.integer(1), help="print the seconds of so many steps")
+    report.add_record(parser)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(steps(args.one)))
+        return
+    quiet = {name: [] for name in SETTINGS}
+    busy = {name: [] for name in SETTINGS}
+    for _ in range(args.turns):
+        for name, variables in SETTINGS.items():
+            quiet[name] += in_a_process(variables, args.steps)
+            with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+                try:
+                    busy[name] += in_a_process(variables, args.steps)
+                finally:
+                    other.kill()
+    rows = [
+        [
+            name,
+            f"{1000 * statistics.median(quiet[name]):.0f} ms",
+            f"{1000 * statistics.median(busy[name]):.0f} ms",
+            f"{1000 * statistics.mean(busy[name]):.0f} ms",
+            f"{1000 * max(busy[name]):.0f} ms",
+        ]
+        for name in SETTINGS
+    ]
+    report.publish(
+        f"A step of the default network, {args.turns} turns of {args.steps} steps, alone and "
+        "beside one busy process",
+        ["threads", "alone, median", "beside, median", "beside, mean", "beside, longest"],
+        rows,
+        device=torch.device("cpu"),
+        record=args.record,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
