@@ -8,11 +8,12 @@ validation, without what is written between them; the second is the process's fr
 importing, loading, compiling, testing and drawing included.
 """
 
+import report  # finds src
+
 import shlex
 import statistics
 import time
 
-import report  # first: it finds src
 from tqdm import tqdm
 
 import cli

@@ -4,12 +4,13 @@ The whole batch stays the same, each process has a part. The cores are shared: m
 fewer threads each. The all-reduce is that of the gradients alone, one vector of fp32.
 """
 
+import report  # finds src
+
 import os
 import socket
 import statistics
 from tempfile import NamedTemporaryFile
 
-import report  # first: it finds src
 import torch
 import torch.multiprocessing
 from torch import nn

@@ -1,5 +1,7 @@
 """Use a trained model: picture its predictions, score it, export it, read one's own digits."""
 
+import startup  # noqa: F401 before PyTorch
+
 import argparse
 import sys
 from collections.abc import Callable
