@@ -233,6 +233,12 @@ def _fail(message: str, status: int = 2, *, alone: bool = False) -> None:
     sys.exit(status)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the CPU or the GPU has no more; the CPU's allocator has no exception of its own."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process: 0, 2 after a `UserError`, 130 after Ctrl-C, 1
     where the machine failed, 141 where nobody reads its output any more."""
@@ -260,11 +266,9 @@ def _run(main: Callable[[], None]) -> None:
             print(stop, file=sys.stderr)
         sys.exit(stop.status)
     except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator has no exception type of its own.
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            "DefaultCPUAllocator" in str(error)
-        ):
-            _fail("out of memory; give a smaller --batch_size or network", alone=True)
+        if is_out_of_memory(error):
+            advice = "take a smaller network, or to train one a smaller --batch_size"
+            _fail(f"out of memory; {advice}", alone=True)
         if not isinstance(error, torch.AcceleratorError):
             raise
         advice = "what was saved is whole, go on from it with --resume"

@@ -291,7 +291,7 @@ MODES = {
 # What would change nothing in other modes is refused there.
 FLAGS_OF_MODES: dict[str, tuple[tuple[str, ...], str]] = {
     "image": (("predict",), "names pictures to read"),
-    "format": (("predict",), "is the form of the answers"),
+    "format": (("predict",), "(text, csv, json) is the form of the answers"),
     "index": (("attention", "report"), "chooses test images"),
     "seed": (("visualize", "attention", "embeddings", "report"), "draws test images at random"),
     "half": (("onnx",), "is the precision of a file"),
