@@ -413,9 +413,7 @@ def main(argv: list[str]) -> None:
         nearest = sorted(scripts, key=lambda name: -match(None, script, name).ratio())
         raise LaunchError(f"there is no {script!r} to run, there is: {', '.join(nearest)}")
     if count > 1 and script != "train.py":
-        raise LaunchError(
-            f"--nproc {count} {script}: only train.py runs as several processes; leave --nproc out"
-        )
+        raise LaunchError(f"--nproc {count} {script}: only train.py runs as several processes")
 
     candidates = find_candidates(origin, given)
     if sys.version_info < MIN_PYTHON:
@@ -446,8 +444,7 @@ def main(argv: list[str]) -> None:
         become(report["path"], "-m", "pytest", *flags)
     if count > 1:
         with tempfile.TemporaryDirectory() as folder:
-            command = report["path"], ROOT / "src" / script, *flags
-            sys.exit(run_together(count, folder, *command))
+            sys.exit(run_together(count, folder, report["path"], ROOT / "src" / script, *flags))
     become(report["path"], ROOT / "src" / script, *flags)
 
 

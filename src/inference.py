@@ -344,6 +344,17 @@ def parse_args() -> argparse.Namespace:
     cli.add_device(parser)
     export.add_flags(parser)
     args = parser.parse_args()
+    _check_flags(args, parser)
+    args.output = Path(getattr(args, "output", MODES[args.mode].output))
+    if args.mode in PICTURES:
+        figures.check_format(args.output)
+    if args.mode == "report" and args.output.suffix.lower() != ".html":
+        raise UserError(f"--output {args.output}: a report's name ends in .html")
+    return args
+
+
+def _check_flags(args: argparse.Namespace, parser: cli.Parser) -> None:
+    """Raise UserError where a flag does not go with the mode or with another flag."""
     for flag, (modes, effect) in FLAGS_OF_MODES.items():
         if args.mode not in modes and getattr(args, flag) != parser.get_default(flag):
             raise UserError(
@@ -354,14 +365,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--half and --quantize {args.quantize} contradict each other: give one")
     if args.mode == "predict" and args.image is None:
         raise UserError("--mode predict: name the pictures to read with --image FILE")
-    args.output = Path(getattr(args, "output", MODES[args.mode].output))
-    if args.mode in PICTURES:
-        figures.check_format(args.output)
-    if args.mode == "report" and args.output.suffix.lower() != ".html":
-        raise UserError(f"--output {args.output}: a report's name ends in .html")
     if args.index and len(args.index) > MOST_IMAGES:
         raise UserError(f"--index names {len(args.index)} images, expected at most {MOST_IMAGES}")
-    return args
 
 
 def main() -> None:
