@@ -27,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ STATE = VENV / "launch-state.txt"  # only in a .venv made here: "building", at t
 LOCK = ROOT / ".venv.lock"
 MIN_PYTHON = (3, 11)
 EXTRAS = {"test": "dev", "demo.py": "demo"}  # what needs an extra of pyproject.toml
+WHY_TORCH = "before 2.10 loading a model can corrupt memory, CVE-2026-24747"
 PINNED = ("torch", "torchvision", "numpy")  # not replaced when smaller packages are added
 OFFLINE = r"connection|connect error|name resolution|timed? ?out|unreachable|from versions: none"
 USAGE = "usage: python3 launch.py [--python PATH] [--nproc N] SCRIPT [flags of the script]"
@@ -136,6 +138,7 @@ def look_inside(requirements: list[str], thorough: bool) -> dict:
         missing.append(requirement)
         if name in ("torch", "torchvision"):
             old = f"{name} {found} is too old, the project needs {requirement}"
+            old += f" ({WHY_TORCH})" if name == "torch" else ""
             return {**report, "failure": old if found else f"no {name}"}
     if missing and not thorough:
         return report
@@ -216,7 +219,8 @@ def call(*command: object) -> None:
     """Run a tool with all its output on our stderr, or raise LaunchError."""
     arguments, output = [str(part) for part in command], ""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": sys.stderr, "stderr": subprocess.PIPE}
-    tool = subprocess.Popen(arguments, **pipes, close_fds=False, errors="replace")
+    # Not in the user's folder, which may have a pip.py or a uv.toml in it.
+    tool = subprocess.Popen(arguments, **pipes, cwd=ROOT, close_fds=False, errors="replace")
     try:
         for line in tool.stderr:
             sys.stderr.write(line)
@@ -238,7 +242,15 @@ def create(base: Path, below: dict | None) -> None:
     """Make an empty .venv with the Python `base`; below: report of `base` if its packages show."""
     VENV.mkdir()
     STATE.write_text("building\n")
-    call(base, "-m", "venv", "--without-pip", *(["--system-site-packages"] if below else []), VENV)
+    call(
+        base,
+        "-I",
+        "-m",
+        "venv",
+        "--without-pip",
+        *(["--system-site-packages"] if below else []),
+        VENV,
+    )
     if below and below["is_venv"]:
         # System packages are those of the Python that made the base, not those of the base itself.
         target = next(VENV.rglob("site-packages")) / "launch-base.pth"
@@ -256,10 +268,11 @@ def install(requirements: list[str], pins: list[str], repair: bool) -> None:
     # uv does not see the packages of a Python below, and would install them again.
     if uv and "packages = true" not in (VENV / "pyvenv.cfg").read_text():
         return call(uv, "pip", "install", "--python", python, *what)
-    if subprocess.run([str(python), "-m", "pip", "-V"], capture_output=True).returncode:
+    pip = [python, "-P", "-m", "pip"]  # not -I, which would hide the user's packages below
+    if subprocess.run([*map(str, pip), "-V"], capture_output=True, cwd=ROOT).returncode:
         note("adding pip; if that fails, install uv or the system's package python3-venv")
-        call(python, "-m", "ensurepip")
-    call(python, "-m", "pip", "install", "--disable-pip-version-check", *what)
+        call(python, "-I", "-m", "ensurepip")
+    call(*pip, "install", "--disable-pip-version-check", *what)
 
 
 def make_venv(incomplete: list[Path], builder: Path, requirements: list[str]) -> dict:
@@ -321,21 +334,19 @@ def become(*command: object) -> None:
     sys.exit(subprocess.call(arguments))
 
 
-def run_together(count: int, *command: object) -> int:
+def run_together(count: int, folder: str, *command: object) -> int:
     """Run `command` as processes that train together, and return the status of the first to fail.
 
-    Each learns its place from the variables that torchrun sets, too. When one fails, the others are
-    ended; a signal goes to all. For several machines there is torchrun itself.
+    Each learns its place from the variables that torchrun sets, too. They meet in `folder`, which
+    is this user's alone, and talk on the loopback interface, so that nobody else reaches them. When
+    one fails, the others are ended; a signal goes to all. For several machines there is torchrun
+    itself.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    # Together they should use every core once.
-    shared["OMP_NUM_THREADS"] = os.environ.get(
-        "OMP_NUM_THREADS", (os.cpu_count() or 1) // count or 1
-    )
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    shared["VIT_MNIST_STORE"] = os.path.join(folder, "store")  # src/distributed.py reads it
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):  # on Linux, on macOS
+            shared |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
     processes, failed, deadline = [], [], None
 
     def hand_on(number: int, _: object) -> None:
@@ -401,6 +412,8 @@ def main(argv: list[str]) -> None:
         match = difflib.SequenceMatcher
         nearest = sorted(scripts, key=lambda name: -match(None, script, name).ratio())
         raise LaunchError(f"there is no {script!r} to run, there is: {', '.join(nearest)}")
+    if count > 1 and script != "train.py":
+        raise LaunchError(f"--nproc {count} {script}: only train.py runs as several processes")
 
     candidates = find_candidates(origin, given)
     if sys.version_info < MIN_PYTHON:
@@ -430,9 +443,8 @@ def main(argv: list[str]) -> None:
         os.chdir(ROOT)
         become(report["path"], "-m", "pytest", *flags)
     if count > 1:
-        if script != "train.py":
-            raise LaunchError(f"--nproc {count}: only train.py runs as several processes")
-        sys.exit(run_together(count, report["path"], ROOT / "src" / script, *flags))
+        with tempfile.TemporaryDirectory() as folder:
+            sys.exit(run_together(count, folder, report["path"], ROOT / "src" / script, *flags))
     become(report["path"], ROOT / "src" / script, *flags)
 
 

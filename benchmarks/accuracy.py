@@ -3,16 +3,17 @@
 Each run is a process of its own, `src/train.py --recipe NAME --seed S`, which scores the test set
 once, at its end. With several `--epochs` the table tells after which budget a mean test accuracy is
 reached; the schedule always ends with the budget, and no run is stopped by looking at the test set.
-The first of the two times is that of the epochs, from the first training step to the last
-validation, without what is written between them; the second is the process's from start to end,
-importing, loading, compiling, testing and drawing included.
+The first of the two times is that of the epochs, from compiling and the first training step to the
+last validation, without what is written between them; the second is the process's from start to
+end, importing, loading, testing and drawing included.
 """
+
+import report  # finds src
 
 import shlex
 import statistics
 import time
 
-import report  # first: it finds src
 from tqdm import tqdm
 
 import cli

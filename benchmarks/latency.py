@@ -5,11 +5,12 @@ first call, which finds the others' weights in the caches, is not timed. Inputs 
 does not depend on them.
 """
 
+import report  # finds src
+
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-import report  # first: it finds src
 import torch
 
 import cli

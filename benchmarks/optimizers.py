@@ -4,9 +4,10 @@ The learning rates are those that worked best in a short search on a small netwo
 to the last percent, so the table says what learns how fast, not which optimizer is best.
 """
 
+import report  # finds src
+
 import argparse
 
-import report  # first: it finds src
 from tqdm import tqdm
 
 import cli

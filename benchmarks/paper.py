@@ -5,12 +5,13 @@ perhaps with lines, is written on, lies in some light, is seen at a tilt, blurre
 saved as a file. Sizes, places, colours and strengths are drawn anew for each picture.
 """
 
+import report  # finds src
+
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import report  # first: it finds src
 import torch
 from PIL import Image
 from scipy import ndimage

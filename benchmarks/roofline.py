@@ -5,10 +5,11 @@ counted by PyTorch on one forward pass and taken three times, for the backward p
 for each one forward; elementwise work counts as nothing.
 """
 
+import report  # finds src
+
 import statistics
 from collections.abc import Callable
 
-import report  # first: it finds src
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode

@@ -4,12 +4,14 @@ The whole batch stays the same, each process has a part. The cores are shared: m
 fewer threads each. The all-reduce is that of the gradients alone, one vector of fp32.
 """
 
+import report  # finds src
+import startup
+
 import os
 import socket
 import statistics
 from tempfile import NamedTemporaryFile
 
-import report  # first: it finds src
 import torch
 import torch.multiprocessing
 from torch import nn
@@ -86,7 +88,7 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        threads = max(1, (os.cpu_count() or 1) // size)
+        threads = max(1, startup.cores() // size)
         with NamedTemporaryFile("r") as result:
             arguments = (size, device, args.data_dir, args.steps, threads, result.name)
             torch.multiprocessing.spawn(work, arguments, nprocs=size)

@@ -6,13 +6,14 @@ this project's loop. All train on MNIST with the same augmentation, batch size a
 turns, so that a machine that slows down slows all.
 """
 
+import report  # finds src
+
 import statistics
 from collections.abc import Callable
 from itertools import islice
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 
-import report  # first: it finds src
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

@@ -323,7 +323,9 @@ def _checked(value: Any, parameter: inspect.Parameter, cls: type) -> Any:
                 return not words.isdisjoint(sequence) and all(fits(v, each) for v in value)
         return False
 
-    if not fits(value, set(re.findall(r"\w+", re.sub(r"\[.*\]", "", kind)))):
+    words = set(re.findall(r"\w+", re.sub(r"\[.*\]", "", kind)))
+    if not fits(value, words):
+        kind += " of at least 0" if type(value) is int and "int" in words else ""
         raise UserError(
             f"{cls.__name__}: {parameter.name}={_short(repr(value))} given, expected {kind}; "
             f"{describe_signature(cls)}"

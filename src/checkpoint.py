@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor
 
 from archive import RefusedError, read_archive
-from cli import UserError
+from cli import UserError, is_out_of_memory
 from files import replacing
 from utils import DIGITS
 from vit_model import ViT
@@ -31,6 +31,8 @@ PUBLISHED = {
     "class_names": list(DIGITS),
     "settings": {"label_smoothing": 0.1},
 }
+# What reading them off another dict than a checkpoint raises.
+WRONG_CONTENT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 CHECKSUM = b"sha256:"  # before 64 hexadecimal digits
 MAX_WEIGHT = 1e6  # far above what training leads to, and no sum of products overflows
 PUBLISHED_NUM_HEADS = 4  # the one size that can't be read off a tensor
@@ -137,7 +139,8 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         if not all(in_range.values()):
             wrong = next(name for name, right in in_range.items() if not right)
             raise ValueError(f"its {wrong} is out of range")
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except (MemoryError, RuntimeError, *WRONG_CONTENT) as e:
+        _check_memory(Path(path), e)
         reason = f"no {e} in it" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
         raise UserError(f"{path} is not a checkpoint of this ViT ({reason}); {advice}") from None
     checkpoint["model_config"] = config
@@ -169,12 +172,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except RefusedError as error:
         raise UserError(f"{path} is no checkpoint: refused, since {error}; {advice}") from None
-    except Exception:  # torch.load raises many kinds on bytes that are not its own
+    except Exception as error:  # torch.load raises many kinds on bytes that are not its own
+        _check_memory(path, error)
         reason = "truncated or damaged, or of another format, and so not loaded"
         raise UserError(f"{path} is no checkpoint: {reason}; {advice}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         raise UserError(f"{path} is no checkpoint: it has no model_state_dict; {advice}")
     return checkpoint
+
+
+def _check_memory(path: Path, error: Exception) -> None:
+    """Raise UserError if what went wrong with the file is that it doesn't fit into memory."""
+    if is_out_of_memory(error):
+        size = f"{path.stat().st_size / 1e6:,.0f} MB"
+        raise UserError(
+            f"{path} of {size} needs more memory than is free: end other programs, or name a "
+            "smaller model"
+        ) from None
 
 
 def _matches_checksum(content: bytes) -> bool:

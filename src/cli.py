@@ -1,5 +1,7 @@
 """What the command lines share: flags, checked values, one-line errors, signals, exit statuses."""
 
+import startup
+
 import argparse
 import difflib
 import math
@@ -209,7 +211,13 @@ def describe_device(device: torch.device) -> str:
     """The device in words, for printed and written results."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"cpu ({platform.machine()}, {describe_threads()})"
+
+
+def describe_threads() -> str:
+    """How many threads PyTorch computes with on a CPU, in words."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> None:
@@ -228,9 +236,28 @@ def _fail(message: str, status: int = 2, *, alone: bool = False) -> None:
     sys.exit(status)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the CPU or the GPU has no more; the CPU's allocator has no exception of its own."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process: 0, 2 after a `UserError`, 130 after Ctrl-C, 1
-    where the machine failed."""
+    where the machine failed, 141 where nobody reads its output any more."""
+    startup.imports_are_done()
+    try:
+        try:
+            _run(main)
+        finally:
+            print(end="", flush=True)  # fails here rather than while Python ends
+    except BrokenPipeError:
+        for stream in (1, 2):  # for what is still to be written at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        sys.exit(141)  # as from SIGPIPE, which Python ignores
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
@@ -242,11 +269,9 @@ def run(main: Callable[[], None]) -> None:
             print(stop, file=sys.stderr)
         sys.exit(stop.status)
     except (MemoryError, RuntimeError) as error:
-        # The CPU's allocator has no exception type of its own.
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            "DefaultCPUAllocator" in str(error)
-        ):
-            _fail("out of memory; give a smaller --batch_size or network", alone=True)
+        if is_out_of_memory(error):
+            advice = "take a smaller network, or to train one a smaller --batch_size"
+            _fail(f"out of memory; {advice}", alone=True)
         if not isinstance(error, torch.AcceleratorError):
             raise
         advice = "what was saved is whole, go on from it with --resume"

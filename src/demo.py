@@ -1,5 +1,7 @@
 """A web page to draw a digit on: what the network reads, what it received, where it looked."""
 
+import startup  # noqa: F401 before PyTorch
+
 import argparse
 import socket
 from ipaddress import ip_address

@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cli import PeerLostError, Stopped, UserError
 
+STORE = "VIT_MNIST_STORE"  # names a file where the processes of one machine find each other
+
 
 @dataclass(frozen=True)
 class World:
@@ -121,6 +123,7 @@ def find_world() -> World:
     numbers = [int(value) if value.isdecimal() else -1 for value in given.values()]
     rank, size, local_rank, local_size = numbers
     reachable = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    reachable = reachable or os.environ.get(STORE)
     if not (0 <= rank < size and 0 <= local_rank < local_size and (reachable or size == 1)):
         given |= {name: os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
         shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
@@ -166,7 +169,10 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     stopped = None
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        file = os.environ.get(STORE)
+        store = dist.FileStore(file, world.size) if file else None  # None: a server, as torchrun's
+        dist.init_process_group(backends, store=store, rank=world.rank, world_size=world.size)
         try:
             if world.leads:
                 yield

@@ -36,7 +36,7 @@ Run = Callable[[Tensor], Tensor]  # a network, in whatever runtime
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of an export; `check_flags` refuses what does not go together."""
+    """The flags of an export."""
     group = parser.add_argument_group("for onnx; --raw_input for torch_export, too")
     group.add_argument(
         "--quantize",
@@ -50,16 +50,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="uint8 pixels in, probabilities out: normalisation and softmax are in the file",
     )
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError where the flags of an export contradict each other or the mode."""
-    if args.half and args.quantize != "none":
-        raise UserError(f"--half and --quantize {args.quantize} contradict each other: give one")
-    if args.mode != "onnx" and (args.half or args.quantize != "none"):
-        raise UserError(f"--mode {args.mode} given, but --half and --quantize are for --mode onnx")
-    if args.mode not in MODES and args.raw_input:
-        raise UserError(f"--mode {args.mode} given, but --raw_input is for {' and '.join(MODES)}")
 
 
 # -------------------------------------------------------------------------------------- the files

@@ -1,5 +1,7 @@
 """Use a trained model: picture its predictions, score it, export it, read one's own digits."""
 
+import startup  # noqa: F401 before PyTorch
+
 import argparse
 import sys
 from collections.abc import Callable
@@ -286,6 +288,17 @@ MODES = {
 
 # ---------------------------------------------------------------------------------- command line
 
+# What would change nothing in other modes is refused there.
+FLAGS_OF_MODES: dict[str, tuple[tuple[str, ...], str]] = {
+    "image": (("predict",), "names pictures to read"),
+    "format": (("predict",), "(text, csv, json) is the form of the answers"),
+    "index": (("attention", "report"), "chooses test images"),
+    "seed": (("visualize", "attention", "embeddings", "report"), "draws test images at random"),
+    "half": (("onnx",), "is the precision of a file"),
+    "quantize": (("onnx",), "is the precision of a file"),
+    "raw_input": (export.MODES, "is what a file takes and gives"),
+}
+
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(description=__doc__)
@@ -331,21 +344,29 @@ def parse_args() -> argparse.Namespace:
     cli.add_device(parser)
     export.add_flags(parser)
     args = parser.parse_args()
-    export.check_flags(args)
-    if (args.mode == "predict") != (args.image is not None):
-        raise UserError("--mode predict and --image FILE go together: give both or neither")
-    if args.mode != "predict" and args.format != "text":
-        raise UserError(f"--format {args.format} is for --mode predict")
+    _check_flags(args, parser)
     args.output = Path(getattr(args, "output", MODES[args.mode].output))
     if args.mode in PICTURES:
         figures.check_format(args.output)
     if args.mode == "report" and args.output.suffix.lower() != ".html":
         raise UserError(f"--output {args.output}: a report's name ends in .html")
-    if args.index and args.mode not in ("attention", "report"):
-        raise UserError(f"--index chooses images for --mode attention or report, not {args.mode}")
+    return args
+
+
+def _check_flags(args: argparse.Namespace, parser: cli.Parser) -> None:
+    """Raise UserError where a flag does not go with the mode or with another flag."""
+    for flag, (modes, effect) in FLAGS_OF_MODES.items():
+        if args.mode not in modes and getattr(args, flag) != parser.get_default(flag):
+            raise UserError(
+                f"--mode {args.mode} given, but --{flag} {effect}, which is for --mode "
+                f"{' or '.join(modes)}: leave it out"
+            )
+    if args.half and args.quantize != "none":
+        raise UserError(f"--half and --quantize {args.quantize} contradict each other: give one")
+    if args.mode == "predict" and args.image is None:
+        raise UserError("--mode predict: name the pictures to read with --image FILE")
     if args.index and len(args.index) > MOST_IMAGES:
         raise UserError(f"--index names {len(args.index)} images, expected at most {MOST_IMAGES}")
-    return args
 
 
 def main() -> None:

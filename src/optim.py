@@ -4,6 +4,8 @@ python src/optim.py --list      every name with its arguments and defaults
 python src/optim.py --plot      a picture of all schedules, or of the one given by --scheduler
 """
 
+import startup  # noqa: F401 before PyTorch
+
 import argparse
 import itertools
 import math

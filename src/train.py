@@ -1,5 +1,7 @@
 """Train the Vision Transformer: arguments, data, model, optimizer, loop, checkpoint, report."""
 
+import startup  # before PyTorch
+
 import argparse
 import math
 import signal
@@ -62,7 +64,8 @@ def parse_args(
         "--dataset",
         default="auto",
         choices=["auto", *DATASET_SETTINGS],
-        help="auto: mnist, or digits where MNIST can neither be found nor downloaded",
+        help="auto: mnist, or, without --data_dir, digits where MNIST can neither be found nor "
+        "downloaded",
     )
     data.add_argument(
         "--train_samples",
@@ -459,7 +462,13 @@ def train(
     settings = settings_for(args.recipe, likely, given)  # refuses now what would fail later
     if state is None:
         optim.refuse_unused(settings, given)
-    dataset = load_in_turn(args.dataset, args.data_dir, world)
+        if likely == "digits" and "data_dir" in given:
+            raise UserError(
+                f"--data_dir {args.data_dir} has no effect: the digits come with scikit-learn; "
+                "leave it out"
+            )
+    # Who names a folder wants what is in it, and no digits in its place.
+    dataset = load_in_turn(likely if "data_dir" in given else args.dataset, args.data_dir, world)
     settings = settings_for(args.recipe, dataset.name, given)
     run = {name: getattr(args, name) for name in resume.OF_THE_RUN}
     run |= {"dataset": dataset.name, "settings": dict(settings)}
@@ -516,6 +525,8 @@ def train(
     print(f"model:    ViT, {count_parameters(model):,} parameters")
     processes = f", {world.size} processes" if world.size > 1 else ""
     print(f"device:   {cli.describe_device(device)}{processes}, {precision}, seed {args.seed}")
+    if device.type == "cpu" and world.size == 1:
+        startup.note_busy_cores(torch.get_num_threads())
     shown = {n: v for n, v in settings.items() if v is not None and n not in SHOWN_AS_CALLS}
     print(f"recipe:   {args.recipe}: {', '.join(f'{n} {v}' for n, v in shown.items())}")
     print(f"steps:    {optimizer.text}; {schedule}")
@@ -630,12 +641,15 @@ def train(
     batch_size = min(settings["batch_size"], len(train_loader.split))
     sample = torch.zeros(batch_size, 1, 28, 28, device=device)
     undivided = world.size == 1 and args.grad_accum_steps == 1
+    before = time.perf_counter()
     if undivided:
         network = compile_network(model, args.compile, sample, precision)
     elif args.compile == "on":
         raise UserError("--compile on serves one process without --grad_accum_steps: leave it out")
     else:
         network = world.wrap(model)
+    compile_seconds = time.perf_counter() - before  # a part of the first epoch, not of its rate
+    totals.seconds += compile_seconds
     agreement = distributed.Agreement(world)
     with StopSignals(repeats_within=0.3 if world.size > 1 else 0.0) as stop:
         try:
@@ -673,7 +687,7 @@ def train(
                         if stop_number:
                             stop_here(stop_number)
                 row = totals.row(optimizer, world)
-                train_seconds = time.perf_counter() - start
+                train_seconds = time.perf_counter() - start - compile_seconds
                 averaged.step_epoch(epoch, train_loader, device)
                 val_loss, val_acc, val_top5 = evaluate(
                     averaged.module, val_loader, criterion, device, world
@@ -694,6 +708,7 @@ def train(
                 is_best, is_first_best = val_acc > best_acc, not best_epoch
                 best_acc, best_epoch = (val_acc, epoch) if is_best else (best_acc, best_epoch)
                 epochs_done, totals = epoch, Totals.of_nothing(optimizer, device)
+                compile_seconds = 0.0
                 history["epochs"].append(
                     {
                         "epoch": epoch,

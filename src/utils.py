@@ -151,11 +151,12 @@ def _download_mnist(data_dir: Path, missing: list[str]) -> None:
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # torchvision sets none: a silent mirror would hang for ever
     raw = data_dir / "MNIST" / "raw"
+    made = [folder for folder in (raw, *raw.parents) if not folder.exists()]
     try:
         MNIST(data_dir, download=True)
     except Exception as error:  # whatever a mirror, a proxy or the disk comes up with
         with suppress(OSError):  # made before the first byte came; of use only if one did
-            for folder in (raw, raw.parent, data_dir):
+            for folder in made:
                 folder.rmdir()
         needed = ", ".join(f"{name}.gz (MD5 {f.packed_md5})" for name, f in MNIST_FILES.items())
         raise DataMissingError(

@@ -1,6 +1,8 @@
 """What several test files share: running a script's `main`, in this process or in others, and one
 small training run."""
 
+import startup  # before PyTorch
+
 import multiprocessing
 import os
 import signal
@@ -47,6 +49,7 @@ settings.load_profile("ci")
 def run(monkeypatch, capsys, tmp_path):
     """run(main, *flags) -> its exit status and what it printed; in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(startup, "free_cores", lambda: None)  # it would speak of a busy machine
 
     def call(main, *flags) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])

@@ -171,6 +171,18 @@ def test_an_interrupt_waits_for_files_that_belong_together(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_file_that_memory_cannot_hold_is_named_as_such(tmp_path, monkeypatch):
+    torch.save(published(ViT(depth=1)), tmp_path / "x.pt")
+    expected = r"x\.pt of \d MB needs more memory than is free: .* smaller model"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _: bytes(2**60))
+        with pytest.raises(UserError, match=expected):
+            load_checkpoint(tmp_path / "x.pt")
+    monkeypatch.setattr(ViT, "to_empty", lambda *_, **__: torch.empty(2**50))
+    with pytest.raises(UserError, match=expected):
+        load_checkpoint(tmp_path / "x.pt")
+
+
 # ------------------------------------------------------------------------------ which one is used
 
 

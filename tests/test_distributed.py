@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def launch(count: int, *flags: object) -> subprocess.Popen:
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses where a process waits for connections, in hexadecimal as /proc has them."""
+    files = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            files.add(os.readlink(link))
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [row.split() for table in tables for row in table.splitlines()[1:]]
+    return [
+        address.partition(":")[0]
+        for _, address, _, state, *_, inode in (row[:10] for row in rows)
+        if state == "0A" and f"socket:[{inode}]" in files
+    ]
 
 
 def test_every_image_is_in_one_process_and_the_batch_is_the_same():
@@ -123,9 +139,11 @@ def test_one_that_dies_ends_the_others_and_ctrl_c_stops_all_in_one_step(folder):
             not last.exists() or last.stat().st_mtime_ns == before
         ):
             time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        addresses = {address for child in children for address in listening(int(child))}
+        assert addresses == {"0100007F"}  # 127.0.0.1: nobody else reaches them
         if number == signal.SIGKILL:
-            children = f"/proc/{process.pid}/task/{process.pid}/children"
-            os.kill(int(Path(children).read_text().split()[1]), number)
+            os.kill(int(children[1]), number)
         else:
             process.send_signal(number)
         _, errors = process.communicate(timeout=60)

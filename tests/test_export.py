@@ -194,19 +194,43 @@ np.save("outputs.npy", run(pixels).detach().numpy())
     assert np.allclose(np.load(tmp_path / "outputs.npy"), expected, atol=1e-6)
 
 
-def test_the_readme_shows_how_to_run_a_raw_input_file(exported, checkpoint, tmp_path):
+def readme_snippet() -> str:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (snippet,) = [block for block in blocks if "onnxruntime" in block]
+    return snippet
+
+
+def test_the_readme_shows_how_to_run_a_raw_input_file(exported, checkpoint, tmp_path):
+    snippet = readme_snippet()
     assert len(snippet.splitlines()) <= 10
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "vit_mnist.onnx").write_bytes(exported("--raw_input").path.read_bytes())
+
+    def run(code: str) -> str:
+        command = [sys.executable, "-I", "-c", code]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert re.fullmatch(r"\d: \d+\.\d %\n", run(snippet))  # as it stands
+    # What its comment says, with an image that is light on dark and one that is dark on light.
+    own = re.sub(r"image = .*# or: (.*)\nImageDraw.*", r"image = \1", snippet)
+    assert 'image = Image.open("digit.png")' in own
     image = load_digits().test.images[0].numpy()
-    Image.fromarray(image[0]).save(tmp_path / "digit.png")
-    command = [sys.executable, "-I", "-c", snippet]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     model, about = load_checkpoint(checkpoint)
     (expected,) = predict.predict(model, image, about["normalization"])
-    assert done.stdout == f"{expected.argmax()}: {100 * expected.max():.1f} %\n"
+    for pixels in (image[0], 255 - image[0]):
+        Image.fromarray(pixels).save(tmp_path / "digit.png")
+        assert run(own) == f"{expected.argmax()}: {100 * expected.max():.1f} %\n"
+
+
+@needs_pretrained
+def test_the_readmes_drawing_is_read_as_what_it_is(tmp_path, monkeypatch, capsys):
+    (tmp_path / "outputs").mkdir()
+    file = export.export(*load_checkpoint(PRETRAINED), raw_input=True)
+    (tmp_path / "outputs" / "vit_mnist.onnx").write_bytes(file.content)
+    monkeypatch.chdir(tmp_path)
+    exec(readme_snippet(), {})
+    assert capsys.readouterr().out.startswith("7: ")
 
 
 @pytest.mark.parametrize(

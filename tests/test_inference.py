@@ -130,6 +130,9 @@ def test_the_chain_of_commands_from_training_to_export(tmp_path):
         ("--output picture.json", "picture.json .png"),
         ("--device foo", "--device foo"),
         ("--seed -1", "--seed"),
+        ("--mode predict --image x.png --seed 3", "predict --seed at random visualize attention"),
+        ("--mode evaluate --seed 0", "evaluate --seed at random visualize attention"),
+        ("--mode onnx --format csv", "onnx --format --mode predict"),
     ],
 )
 def test_wrong_usage_ends_in_one_line(run, tmp_path, checkpoint, flags, words):

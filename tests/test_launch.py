@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, symlinks
 LAUNCHER = Path(__file__).resolve().parent.parent / "launch.py"
 PYPROJECT = """
 [project]
-dependencies = ["torch >= 2.9", "torchvision>=0.24.0", "numpy", "tinydep>=1.2"]
+dependencies = ["torch >= 2.10", "torchvision>=0.25.0", "numpy", "tinydep>=1.2"]
 [project.optional-dependencies]
 dev = ["pytest"]
 """
@@ -116,7 +116,7 @@ def pythons(tmp_path_factory):
         "good": {**TORCHES, **SMALL},
         "other": {**TORCHES, **SMALL},
         "mismatched": mismatched,
-        "old": {**TORCHES, **SMALL, "torch": ("2.8.1", TORCH)},
+        "old": {**TORCHES, **SMALL, "torch": ("2.9.1", TORCH)},
         "lacking": {**TORCHES, "numpy": SMALL["numpy"], "tinydep": ("1.1", "")},
     }
     return {name: make_python(folder / name, packages) for name, packages in contents.items()}
@@ -260,6 +260,10 @@ def test_what_cannot_be_understood_is_one_error_line(project, tmp_path):
     assert "$VIT_MNIST_PYTHON /no" in project.error("show.py", VIT_MNIST_PYTHON="/no")
     assert "--gpu" in project.error("--gpu", "show.py")
     assert "--python" in project.error("--python")
+    alone = "--nproc 2 {}: only train.py runs as several processes"
+    assert alone.format("test") in project.error("--nproc", "2", "test", by="good")
+    assert alone.format("show.py") in project.error("--nproc=2", "show.py")
+    assert not project.venv.exists()
 
 
 # ---- which interpreter --------------------------------------------------------------------------
@@ -286,7 +290,7 @@ def test_interpreters_are_tried_in_order(project):
     ("name", "reason"),
     [
         ("mismatched", "torch 2.10.0+cu130 with torchvision 0.99.0 cannot be imported (operator"),
-        ("old", "torch 2.8.1 is too old, the project needs torch >= 2.9"),
+        ("old", "torch 2.9.1 is too old, the project needs torch >= 2.10 (before 2.10 loading a "),
         ("lacking", "it lacks tinydep>=1.2"),
     ],
 )
@@ -298,7 +302,7 @@ def test_interpreter_of_no_use_is_skipped_with_the_reason(project, name, reason)
 
 
 def test_crashing_and_broken_interpreters_are_skipped(project, tmp_path):
-    crash = {**TORCHES, **SMALL, "torch": ("2.9", "import os; os.abort()")}
+    crash = {**TORCHES, **SMALL, "torch": ("2.10", "import os; os.abort()")}
     crashing = make_python(tmp_path / "crashing", crash)
     (tmp_path / "v" / "bin").mkdir(parents=True)
     (tmp_path / "v" / "bin" / "python").write_text("no program")
@@ -349,6 +353,23 @@ def test_missing_package_goes_into_a_venv_on_top_and_the_base_stays(project):
     third = project.run("show.py", by="lacking")
     assert python_that_ran(third) == project.venv / "bin" / "python"
     assert "launch: installing later\n" in third.err
+
+
+def test_nothing_of_the_current_folder_is_run(project, tmp_path):
+    """Each of these would be imported by `python -m` in place of the tool of that name."""
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    for name in ("venv", "pip", "ensurepip", "json", "pytest"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
+    make_wheel(project.wheels, "tinydep", "1.2")
+    assert python_that_ran(project.run("show.py", by="lacking", cwd=folder))
+    assert project.run("test", by="good", cwd=folder).out == f"{project.root} []\n"
+    project.add_uv()
+    shutil.rmtree(project.venv)
+    (project.bin / "uv.py").write_text("import os, sys; sys.exit(os.getcwd())")
+    # It would read a uv.toml there.
+    assert str(project.root) in project.run("show.py", cwd=folder).err.splitlines()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_on_top_of_a_python_that_is_no_virtual_environment(project, tmp_path):
@@ -446,7 +467,7 @@ def test_users_own_venv_without_torch_is_installed_into(project):
     assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
     assert (project.venv / "mine.txt").exists()
     call = project.uv_calls()[0]
-    assert call.endswith("torch >= 2.9 torchvision>=0.24.0 numpy tinydep>=1.2")
+    assert call.endswith("torch >= 2.10 torchvision>=0.25.0 numpy tinydep>=1.2")
 
 
 def test_mismatch_in_the_projects_own_venv_is_repaired(project):

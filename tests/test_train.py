@@ -134,6 +134,19 @@ def test_mean_pooling_and_fixed_positions_from_training_to_a_loaded_model(run, t
     assert evaluate(model, loader, torch.nn.CrossEntropyLoss(), "cpu")[1] == history["test"]["top1"]
 
 
+def test_compiling_counts_as_time_of_the_run_but_not_in_the_rate(run, tmp_path, monkeypatch):
+    def compile_slowly(model, *_):
+        time.sleep(2)
+        return model
+
+    monkeypatch.setattr(train, "compile_network", compile_slowly)
+    assert run(train.main, *TINY, "--epochs", 1).status == 0
+    [row] = json.loads((tmp_path / "checkpoints" / "history.json").read_text())["epochs"]
+    timing = (tmp_path / "checkpoints" / "timing_cpu.txt").read_text()
+    assert row["seconds"] >= 2 and f"total_train_time: {row['seconds']:.2f}" in timing
+    assert 100 / row["images_per_second"] <= row["seconds"] - 2
+
+
 def test_compiled_training_learns_the_same(run, tmp_path):
     """In fp32 and without dropout, where the order of sums is all that may differ."""
     losses = []
@@ -313,16 +326,22 @@ def test_auto_takes_mnist_where_it_is(run, tmp_path):
 
 
 def test_auto_without_mnist_or_network_warns_and_trains_on_the_digits(run, tmp_path, offline):
-    flags = "--epochs 1 --depth 1 --embed_dim 16 --train_samples 64 --data_dir none".split()
+    flags = "--epochs 1 --depth 1 --embed_dim 16 --train_samples 64".split()
     result = run(train.main, *flags)
     assert result.status == 0
     assert "WARNING: training on scikit-learn's 8x8 digits, NOT on MNIST" in result.err
     assert "t10k-labels-idx1-ubyte.gz (MD5 ec29112dd5afa0611ce80d1b7f02629c)" in result.err
     assert "(digits)" in result.out
     assert_one_error_line(run(train.main, *flags, "--dataset", "mnist"), "cannot be downloaded")
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "mnist").exists()
     # Settings that don't fit are told before a download is tried.
     assert_one_error_line(run(train.main, "--patch_size", "5"), "--patch_size 5")
+
+
+def test_who_names_a_folder_gets_no_other_data_set_than_what_is_in_it(run, tmp_path, offline):
+    result = run(train.main, *"--data_dir mnits --epochs 1 --train_samples 64".split())
+    assert_one_error_line(result, "mnits/MNIST/raw", "cannot be downloaded")
+    assert "WARNING" not in result.err and not (tmp_path / "mnits").exists()
 
 
 def test_help_groups_the_flags_and_gives_every_default(run):
@@ -351,6 +370,7 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--scheduler OneCycleLR(max_lr=0.5) --lr 0.1", "--lr 0.1 sets all rates itself"),
         ("--scheduler OneCycleLR(max_lr=0.5) --head_lr 0.1", "--head_lr 0.1 rates itself"),
         ("--scheduler CyclicLR(base_lr=0.1,max_lr=0.5) --lr 0.1", "--lr 0.1 rates itself"),
+        ("--data_dir there", "--data_dir there scikit-learn"),
         ("--swa_anneal_epochs 7", "--swa_anneal_epochs 7 no --swa_lr"),
         ("--swa_start 1 --swa_anneal_strategy linear", "--swa_anneal_strategy no --swa_lr"),
         ("--optimizer LBFGS --grad_clip 2", "--grad_clip 2.0 LBFGS not clipped"),

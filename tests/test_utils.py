@@ -115,6 +115,15 @@ def test_missing_files_are_named_with_where_they_go(tmp_path, offline):
     assert str(tmp_path / "none" / "MNIST" / "raw") in message
 
 
+@pytest.mark.parametrize("there", ["", "data", "data/mnist", "data/mnist/MNIST/raw"])
+def test_a_failed_download_removes_the_folders_that_it_made_and_no_others(tmp_path, offline, there):
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(utils.DataMissingError):
+        utils.load_mnist(tmp_path / "data" / "mnist")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # ---------------------------------------------------------------------------------------- batches
 
 

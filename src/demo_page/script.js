@@ -217,7 +217,7 @@ async function showModel() {
     return row;
   }));
   element("about").textContent = `The model: ${model.parameters.toLocaleString("en")} parameters, trained on ` +
-    `${model.dataset}, ${model.validation.toFixed(2)} % right in validation. Pictures are not stored.`;
+    `${model.dataset.replace(/^mnist$/, "MNIST")}, ${model.validation.toFixed(2)} % right in validation. Pictures are not stored.`;
   clear();
 }
 
