@@ -1,9 +1,11 @@
-"""A training step alone and beside one busy process, under several settings of the waiting threads.
+"""A training step alone and beside one busy process, by how threads wait for each other.
 
-PyTorch's Linux wheels bring libgomp, whose threads spin while they wait for each other. Where one of
-them waits for a core, the others spin in vain. GOMP_SPINCOUNT says how long. Every setting has a
-process of its own in each turn, since libgomp reads it once, when PyTorch is imported.
+PyTorch's Linux wheels bring libgomp, whose threads spin while they wait. Where one of them waits
+for a core, the others spin in vain. GOMP_SPINCOUNT says how long. Every setting has a process of
+its own in each turn, since libgomp reads it once, when PyTorch is imported.
 """
+
+import report  # finds src
 
 import json
 import os
@@ -11,7 +13,6 @@ import statistics
 import subprocess
 import sys
 
-import report  # first: it finds src
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ from speed import keep_memory
 from vit_model import ViT
 
 SETTINGS = {
-    "libgomp's own": {"GOMP_SPINCOUNT": ""},
+    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},  # its default, which src/startup.py replaces
     "GOMP_SPINCOUNT=500": {"GOMP_SPINCOUNT": "500"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},
@@ -54,10 +55,9 @@ def steps(number: int) -> list[float]:
 
 
 def in_a_process(variables: dict[str, str], number: int) -> list[float]:
-    """`steps` in a new process with these environment variables; an empty one is left out."""
+    """`steps` in a new process with these environment variables and none of the others here."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if name not in names}
-    # Not set at all is what the scripts set for themselves: "" is libgomp's own.
     command = [sys.executable, __file__, "--one", str(number)]
     done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -69,7 +69,10 @@ def main() -> None:
     parser.add_argument("--turns", default=3, type=cli.integer(1), help="processes of each setting")
     parser.add_argument("--one", type=cli.integer(1), help="print the seconds of so many steps")
     report.add_record(parser)
+    cli.add_device(parser)
     args = parser.parse_args()
+    if cli.choose_device(args.device).type != "cpu":
+        raise cli.UserError(f"--device {args.device}: this is about the threads of a CPU")
     if args.one:
         print(json.dumps(steps(args.one)))
         return

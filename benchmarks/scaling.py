@@ -1,16 +1,17 @@
 """Data-parallel training on one machine: steps of 1, 2, ... processes, and the exchange's cost.
 
 The whole batch stays the same, each process has a part. The cores are shared: more processes have
-fewer threads each. The all-reduce is that of the gradients alone, one vector of fp32.
+fewer threads each. They take turns, each in new processes, so that a machine that slows down slows
+all. The all-reduce is that of the gradients alone, one vector of fp32.
 """
 
 import report  # finds src
 import startup
 
 import os
-import socket
 import statistics
-from tempfile import NamedTemporaryFile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.multiprocessing
@@ -30,7 +31,7 @@ from vit_model import ViT, count_parameters
 def work(
     rank: int, size: int, device: torch.device, data_dir: str, steps: int, threads: int, result: str
 ) -> None:
-    """One process of `size`: it trains, then adds up gradients; the first writes its times."""
+    """One process of `size`: an epoch, then one sum of gradients; the first writes the seconds."""
     torch.set_num_threads(threads)
     keep_memory()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
@@ -59,55 +60,63 @@ def work(
 
         gradients = torch.zeros(count_parameters(model), device=device)
         epoch()  # warm-up
-        turns = [
-            (
-                report.seconds(epoch, device) / steps,
-                report.seconds(lambda: world.sum(gradients), device),
-            )
-            for _ in range(5)
-        ]
+        world.sum(gradients)
+        step = report.seconds(epoch, device) / steps
+        exchange = report.seconds(lambda: world.sum(gradients), device)
         if world.leads:
-            step, exchange = (statistics.median(times) for times in zip(*turns, strict=True))
-            with open(result, "w") as file:
-                file.write(f"{step} {exchange}")
+            Path(result).write_text(f"{step} {exchange}")
+
+
+def turn(
+    size: int, device: torch.device, data_dir: str, steps: int, threads: int
+) -> tuple[float, float]:
+    """Seconds of a step and of an all-reduce with `size` new processes."""
+    with TemporaryDirectory() as folder:
+        os.environ[distributed.STORE] = str(Path(folder, "store"))
+        result = Path(folder, "result")
+        arguments = (size, device, data_dir, steps, threads, str(result))
+        torch.multiprocessing.spawn(work, arguments, nprocs=size)
+        step, exchange = map(float, result.read_text().split())
+    return step, exchange
 
 
 def main() -> None:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--processes", nargs="+", default=[1, 2], type=cli.integer(1, 1024))
-    parser.add_argument("--steps", default=20, type=cli.integer(1, 421), help="in a turn, of five")
+    parser.add_argument("--steps", default=20, type=cli.integer(1, 421), help="in a turn")
+    parser.add_argument("--turns", default=5, type=cli.integer(1), help="timed turns of each")
     cli.add_data_dir(parser)
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
     device = cli.choose_device(args.device)
     load_mnist(args.data_dir)  # tells what is wrong with it in one line
+    threads = {size: max(1, startup.cores() // size) for size in args.processes}
+    turns = [
+        [turn(size, device, args.data_dir, args.steps, threads[size]) for size in args.processes]
+        for _ in range(args.turns)
+    ]
     rows = []
-    for size in args.processes:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        threads = max(1, startup.cores() // size)
-        with NamedTemporaryFile("r") as result:
-            arguments = (size, device, args.data_dir, args.steps, threads, result.name)
-            torch.multiprocessing.spawn(work, arguments, nprocs=size)
-            step, exchange = map(float, result.read().split())
-        part = DEFAULTS["batch_size"] / size
+    for size, times in zip(args.processes, zip(*turns, strict=True), strict=True):
+        step, exchange = (statistics.median(seconds) for seconds in zip(*times, strict=True))
+        pairs = zip(turns, times, strict=True)
+        ratios = [first / own for ((first, _), *_), (own, _) in pairs]
         rows.append(
             [
                 str(size),
-                str(threads),
-                f"{part:.0f}",
+                str(threads[size]),
+                f"{DEFAULTS['batch_size'] / size:.0f}",
                 f"{1000 * step:.0f} ms",
                 f"{DEFAULTS['batch_size'] / step:.0f}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 f"{1000 * exchange:.1f} ms" if size > 1 else "none",
             ]
         )
+    speed = f"times the speed of {args.processes[0]}"
     report.publish(
-        f"Data-parallel training, whole batch {DEFAULTS['batch_size']}, median of 5 turns of "
-        f"{args.steps} steps",
-        ["processes", "threads each", "images each", "step", "images/s", "all-reduce"],
+        f"Data-parallel training, whole batch {DEFAULTS['batch_size']}, median of {args.turns} "
+        f"turns of {args.steps} steps",
+        ["processes", "threads each", "images each", "step", "images/s", speed, "all-reduce"],
         rows,
         device=device,
         record=args.record,

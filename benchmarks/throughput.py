@@ -1,15 +1,18 @@
 """Training throughput: this project's loop against the plain way of writing it, in one run.
 
-The plain way is torchvision's dataset with PIL transforms in a DataLoader, nn.MultiheadAttention,
-nn.Dropout and fp32. Where timm and vit-pytorch are installed, their ViT of the same size runs in
-this project's loop. All train on MNIST with the same augmentation, batch size and optimizer, in
-turns, so that a machine that slows down slows all.
+The plain way is torchvision's dataset with PIL transforms in a DataLoader, nn.MultiheadAttention
+and nn.Dropout, in fp32 and under bf16 autocast; this project's loop runs in both as well. Where
+timm and vit-pytorch are installed, their ViT of the same size runs in this project's loop. All
+train on MNIST with the same augmentation, batch size and optimizer, in turns, so that a machine
+that slows down slows all.
 """
 
 import report  # finds src
 
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
@@ -69,6 +72,7 @@ def plain_steps(
     loader: DataLoader,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
+    precision: str,
     steps: int,
 ) -> None:
     criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS["label_smoothing"])
@@ -76,7 +80,8 @@ def plain_steps(
     for images, labels in islice(loader, steps):
         images, labels = images.to(device), labels.to(device)
         optimizer.zero_grad()
-        loss = criterion(model(images), labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = criterion(model(images), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), DEFAULTS["grad_clip"])
         optimizer.step()
@@ -86,25 +91,17 @@ def plain_steps(
 def plain_process(
     connection: Connection, data_dir: str, batch_size: int, num_workers: int, device: torch.device
 ) -> None:
-    """Take a number of steps whenever one comes in, and answer with the seconds; 0 ends it.
+    """Take so many steps in a precision whenever both come in, and answer with the seconds.
 
     A process of its own, for what this project's loop sets in its process is not the plain way's.
     """
     model = plain_model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     loader = plain_loader(data_dir, batch_size, num_workers)
-    while steps := receive_steps(connection):
-        connection.send(
-            report.seconds(lambda: plain_steps(model, loader, optimizer, device, steps), device)
-        )
-
-
-def receive_steps(connection: Connection) -> int:
-    """The next number of steps; 0 if the other process is gone."""
-    try:
-        return connection.recv()
-    except EOFError:
-        return 0
+    with suppress(EOFError):  # the other process is gone
+        while True:
+            parts = model, loader, optimizer, device, *connection.recv()
+            connection.send(report.seconds(partial(plain_steps, *parts), device))
 
 
 def peers() -> dict[str, nn.Module]:
@@ -143,7 +140,6 @@ def main() -> None:
     report.add_record(parser)
     args = parser.parse_args()
     device = cli.choose_device(args.device)
-    precision = cli.choose_precision("auto", device)
     images = args.steps * args.batch_size
     if images > 54_000:
         raise cli.UserError(
@@ -154,7 +150,7 @@ def main() -> None:
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
     criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS["label_smoothing"])
 
-    def in_our_loop(model: nn.Module) -> Callable[[], float]:
+    def in_our_loop(model: nn.Module, precision: str) -> Callable[[], float]:
         model = model.to(device).train()
         optimizer = optim.build_optimizer(DEFAULTS["optimizer"], model, **ADAMW)
         length = {"epochs": args.turns + 1, "steps_per_epoch": args.steps}
@@ -180,21 +176,25 @@ def main() -> None:
     plain.start()
     theirs.close()  # so that waiting for an answer ends if the process does
 
-    def plain_turn() -> float:
+    def plain_turn(precision: str) -> float:
         try:
-            ours.send(args.steps)
+            ours.send((precision, args.steps))
             return ours.recv()
         except (EOFError, OSError):
             raise cli.UserError("the process of the plain way ended, see above") from None
 
-    loops = {"plain, fp32": plain_turn, f"this project, {precision}": in_our_loop(ViT())}
+    loops = {}
+    for precision in ("fp32", "bf16"):
+        loops[f"plain, {precision}"] = partial(plain_turn, precision)
+    for precision in ("fp32", "bf16"):
+        loops[f"this project, {precision}"] = in_our_loop(ViT(), precision)
     for name, model in peers().items():
-        loops[f"{name} in this loop, {precision}"] = in_our_loop(model)
+        loops[f"{name} in this loop, bf16"] = in_our_loop(model, "bf16")
 
     for turn in loops.values():
         turn()  # warm-up
     turns = [[turn() for turn in loops.values()] for _ in range(args.turns)]
-    ours.send(0)
+    ours.close()
     plain.join()
     rows = []
     for name, times in zip(loops, zip(*turns, strict=True), strict=True):
@@ -212,7 +212,7 @@ def main() -> None:
     report.publish(
         f"Training throughput, median of {args.turns} turns of {args.steps} steps of "
         f"{args.batch_size} images",
-        ["loop", "images/s", "ms per step", "s per epoch of 54,000", "times the plain way"],
+        ["loop", "images/s", "ms per step", "s per epoch of 54,000", "times plain fp32"],
         rows,
         device=device,
         record=args.record,
