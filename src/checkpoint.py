@@ -31,7 +31,7 @@ PUBLISHED = {
     "class_names": list(DIGITS),
     "settings": {"label_smoothing": 0.1},
 }
-# What reading them off another dict than a checkpoint raises.
+# Raised where a file holds something else than a checkpoint of ours.
 WRONG_CONTENT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 CHECKSUM = b"sha256:"  # before 64 hexadecimal digits
 MAX_WEIGHT = 1e6  # far above what training leads to, and no sum of products overflows
