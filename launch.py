@@ -242,15 +242,8 @@ def create(base: Path, below: dict | None) -> None:
     """Make an empty .venv with the Python `base`; below: report of `base` if its packages show."""
     VENV.mkdir()
     STATE.write_text("building\n")
-    call(
-        base,
-        "-I",
-        "-m",
-        "venv",
-        "--without-pip",
-        *(["--system-site-packages"] if below else []),
-        VENV,
-    )
+    flags = ["--without-pip", *(["--system-site-packages"] if below else [])]
+    call(base, "-I", "-m", "venv", *flags, VENV)
     if below and below["is_venv"]:
         # System packages are those of the Python that made the base, not those of the base itself.
         target = next(VENV.rglob("site-packages")) / "launch-base.pth"

@@ -34,7 +34,7 @@ PUBLISHED = {
     "settings": {"label_smoothing": 0.1},
     "calibration": confidence.NONE,
 }
-# What reading them off another dict than a checkpoint raises.
+# Raised where a file holds something else than a checkpoint of ours.
 WRONG_CONTENT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 CHECKSUM = b"sha256:"  # before 64 hexadecimal digits
 MAX_WEIGHT = 1e6  # far above what training leads to, and no sum of products overflows

@@ -14,8 +14,9 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
-# Rounds that a thread of libgomp spins at a barrier before it sleeps. Its own 300,000 take so long
-# that, when one thread waits for a core, the others keep the remaining cores busy with nothing.
+# Rounds that a thread of libgomp spins at a barrier before it sleeps. With its own 300,000 the
+# threads of a step compete for the cores with the one that they wait for, where another program
+# has taken one; 2,000 are enough while all cores are free.
 SPIN_COUNT = 2000
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 STAT = Path("/proc/stat")

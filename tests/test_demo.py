@@ -348,12 +348,12 @@ def points(*corners: tuple[int, int], count: int = 8) -> list[tuple[float, float
 ONE, DRAWN_SEVEN = points((54, 18), (47, 82)), points((28, 22), (72, 20), (45, 82))
 
 
-@pytest.mark.parametrize("kind", ["mouse", "touch"])
 def test_the_data_set_has_its_name_as_people_write_it(page, checkpoint):
     name = {"mnist": "MNIST"}.get(load_checkpoint(checkpoint)[1]["dataset"], "digits")
     assert f" trained on {name}, " in text(page, "#about")
 
 
+@pytest.mark.parametrize("kind", ["mouse", "touch"])
 def test_a_one_and_a_seven_are_drawn_and_read(page, kind):
     for digit, line in (("1", ONE), ("7", DRAWN_SEVEN)):
         draw(page, line, kind=kind)
