@@ -346,8 +346,10 @@ def run_together(count: int, folder: str, *command: object) -> int:
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, hand_on)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, hand_on)
     try:
         for rank in range(count):
             place = {**shared, "RANK": rank, "LOCAL_RANK": rank}
