@@ -54,9 +54,8 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Sequence[str]) -> St
         hosts: names in a request's Host header that are answered. A page from elsewhere whose name
             was made to lead here (DNS rebinding) has another. ("*",) answers all.
     """
-    normalization = checkpoint["normalization"]
     worker = ThreadPoolExecutor(max_workers=1)  # one picture after the other: nothing is shared
-    worker.submit(answer, model, normalization, np.zeros((28, 28), np.uint8))  # the first is slow
+    worker.submit(answer, model, checkpoint, np.zeros((28, 28), np.uint8))  # the first is slow
 
     async def describe(_: Request) -> Response:
         about = {"dataset": checkpoint["dataset"], "validation": checkpoint["best_acc"]}
@@ -67,9 +66,7 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Sequence[str]) -> St
         picture = await receive(request)
 
         def work() -> dict[str, Any]:
-            return answer(
-                model, normalization, read_digit(io.BytesIO(picture), name="that you sent")
-            )
+            return answer(model, checkpoint, read_digit(io.BytesIO(picture), name="that you sent"))
 
         try:
             return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, work))
@@ -89,14 +86,15 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Sequence[str]) -> St
     )
 
 
-def answer(model: ViT, normalization: dict[str, float], image: np.ndarray) -> dict[str, Any]:
+def answer(model: ViT, checkpoint: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
     """What the page shows of an image in MNIST's form, uint8 (28, 28).
 
     Returns:
         `probabilities` of the classes; `received`, the image's rows; `attention`, the
         rollout's rows over the patches.
     """
-    probabilities = predict(model, image[None], normalization)[0]
+    probabilities = predict(model, image[None], checkpoint).probabilities[0]
+    normalization = checkpoint["normalization"]
     pixels = torch.from_numpy(image).to(next(model.parameters()).device).view(1, 1, 28, 28) / 255
     normalized = (pixels - normalization["mean"]) / normalization["std"]
     attention = patch_map(rollout(attention_weights(model, normalized)), model)[0]

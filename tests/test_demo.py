@@ -136,7 +136,7 @@ def test_a_drawing_is_read_as_by_python(server, checkpoint):
     model, about = load_checkpoint(checkpoint)
     image = read_digit(io.BytesIO(SEVEN))
     answer = request(server, "POST", "/predict", SEVEN).data
-    expected = predict(model, image[None], about["normalization"])[0]
+    expected = predict(model, image[None], about).probabilities[0]
     np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
     np.testing.assert_array_equal(answer["received"], image)
     mean, std = about["normalization"]["mean"], about["normalization"]["std"]
@@ -157,7 +157,7 @@ def test_ten_clients_at_once_each_get_their_own_answer(server, checkpoint):
     model, about = load_checkpoint(checkpoint)
     pictures = [png(Image.fromarray(image[0].numpy())) for image in load_digits().test.images[:10]]
     images = np.stack([read_digit(io.BytesIO(picture)) for picture in pictures])
-    expected = predict(model, images, about["normalization"])
+    expected = predict(model, images, about).probabilities
     assert len({tuple(row) for row in expected}) == 10
 
     def ask_often(picture: bytes) -> list[list[float]]:

@@ -102,6 +102,8 @@ def test_a_file_tells_how_to_use_it_and_not_where_it_was_made(exported, checkpoi
     assert metadata["input"].startswith(f"{'uint8' if raw else 'float32'} (batch, 1, 28, 28)")
     assert ("mean" in metadata["input"]) != raw
     assert metadata["output"].startswith("probabilities" if raw else "logits")
+    temperature = load_checkpoint(checkpoint)[1]["calibration"]["temperature"]
+    assert float(metadata["temperature"]) == temperature != 1
     kind = {"--half": "fp16", "int8": "int8"}
     assert metadata["precision"] == next((kind[word] for word in kind if word in flags), "fp32")
     assert str(ROOT).encode() not in path.read_bytes()
@@ -119,12 +121,12 @@ def test_fp16_halves_the_weights_and_int8_quarters_them(exported):
 
 @pytest.mark.parametrize("flags", [*ONNX, *PROGRAMS])
 def test_a_file_gives_the_classes_that_python_gives(exported, checkpoint, flags):
-    """On the digits' whole test set; what is printed agrees."""
+    """On all of the digits' validation images; what is printed agrees."""
     result = exported(flags)
     model, about = load_checkpoint(checkpoint)
-    test = load_digits().test
-    pixels, labels = test.images[:, 0].numpy(), test.labels.numpy()
-    expected = predict.predict(model, pixels, about["normalization"])
+    val = load_digits().val
+    pixels, labels = val.images[:, 0].numpy(), val.labels.numpy()
+    expected = predict.predict(model, pixels, about).probabilities
     images = images_for(flags, pixels, about["normalization"])
     if flags in PROGRAMS:
         run = torch.export.load(result.path).module()
@@ -138,9 +140,9 @@ def test_a_file_gives_the_classes_that_python_gives(exported, checkpoint, flags)
     before, after = (100 * (o.argmax(1) == labels).mean() for o in (expected, outputs))
     size = f"{result.path.stat().st_size / 1e6:.2f} MB"
     assert re.search(rf"^size +\S+ MB +{size}$", result.printed, re.M)
-    assert re.search(rf"^test accuracy +{before:.2f} % +{after:.2f} %$", result.printed, re.M)
+    assert re.search(rf"^validation accuracy +{before:.2f} % +{after:.2f} %$", result.printed, re.M)
     assert re.search(r"^latency, one image +[\d.]+ ms +[\d.]+ ms$", result.printed, re.M)
-    assert f"same class as PyTorch: {same} of 180 test images" in result.printed
+    assert f"same class as PyTorch: {same} of 180 validation images" in result.printed
     if "int8" not in flags:
         difference = float(re.search(r"batches of 1, 7 and 128: (\S+)", result.printed)[1])
         assert difference <= (0.05 if "--half" in flags else 1e-4)
@@ -154,7 +156,7 @@ def test_int8_and_raw_input_on_all_of_mnists_test_images(tmp_path):
     test = load_mnist(MNIST).test
     pixels, labels = test.images[:, 0].numpy(), test.labels.numpy()
     expected = np.concatenate(
-        [predict.predict(model, part, about["normalization"]) for part in np.split(pixels, 20)]
+        [predict.predict(model, part, about).probabilities for part in np.split(pixels, 20)]
     ).argmax(1)
     for flags, loss, different in (("", 0, 0), ("--quantize int8", 0.1, 30)):
         exporting = export.export(
@@ -190,7 +192,7 @@ np.save("outputs.npy", run(pixels).detach().numpy())
 """
     subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True)
     model, about = load_checkpoint(checkpoint)
-    expected = predict.predict(model, pixels, about["normalization"])
+    expected = predict.predict(model, pixels, about).probabilities
     assert np.allclose(np.load(tmp_path / "outputs.npy"), expected, atol=1e-6)
 
 
@@ -205,7 +207,7 @@ def test_the_readme_shows_how_to_run_a_raw_input_file(exported, checkpoint, tmp_
     command = [sys.executable, "-I", "-c", snippet]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     model, about = load_checkpoint(checkpoint)
-    (expected,) = predict.predict(model, image, about["normalization"])
+    (expected,) = predict.predict(model, image, about).probabilities
     assert done.stdout == f"{expected.argmax()}: {100 * expected.max():.1f} %\n"
 
 
@@ -225,8 +227,8 @@ def test_any_checkpoint_is_exported_without_its_data_set(run, tmp_path, offline,
     flags = f"--mode onnx {flags} --checkpoint published.pt".split()
     result = run(inference.main, *flags)
     assert result.status == 0, result.err
-    assert result.err.startswith("note: the test accuracy is not measured: ")
-    assert "latency" in result.out and "test accuracy" not in result.out
+    assert result.err.startswith("note: the validation accuracy is not measured: ")
+    assert "latency" in result.out and "accuracy" not in result.out
     (path,) = (tmp_path / "outputs").iterdir()
     assert f"Written: outputs/{path.name}" in result.out
 
@@ -265,7 +267,7 @@ def test_int8_without_training_images_ends_in_one_line(run, tmp_path, checkpoint
     ("flags", "name", "limit", "words"),
     [
         ("", "TOLERANCE", {"fp32": 0.0}, "fp32 differs"),
-        ("--quantize int8", "MAX_LOSS", -100.0, "int8 test accuracy"),
+        ("--quantize int8", "MAX_LOSS", -100.0, "int8 validation accuracy"),
     ],
 )
 def test_a_file_that_does_worse_is_not_written(
