@@ -15,7 +15,10 @@ DOT = 0.45  # of a digit's height
 NEAR = 0.04  # of a digit's height: so far apart are the ends of a broken stroke
 STACK_GAP, STACK_HEIGHT = 0.3, 1.5  # of a digit's height, for one piece above another
 BAR, BAR_GAP = 0.3, 0.2  # of a digit's height: a 5's bar is so wide, so far from the rest at most
-OPEN_GAP, OPEN_STEM = 0.27, 0.45  # of a digit's height: between the strokes of a 4; its stem's width
+OPEN_GAP, OPEN_STEM = (
+    0.27,
+    0.45,
+)  # of a digit's height: between the strokes of a 4; its stem's width
 
 
 def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
@@ -82,7 +85,7 @@ def _are_one(boxes: np.ndarray, height: float) -> np.ndarray:
     gap = _gaps(a, b)
     union = np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])
     lower, taller = np.minimum(size_a, size_b)[..., 1], np.maximum(size_a, size_b)[..., 1]
-    side_by_side = (lower > TALL * union[..., 1])
+    side_by_side = lower > TALL * union[..., 1]
     shared = -gap / np.minimum(size_a, size_b)
     fits = union[..., 0] <= 1.2 * np.maximum(height, taller)
 
@@ -91,7 +94,12 @@ def _are_one(boxes: np.ndarray, height: float) -> np.ndarray:
     broken = (gap <= np.where(fragments, 3, 1)[..., None] * NEAR * height).all(axis=2)
     # Not a colon's dots: at least one of the two is a stroke.
     stroke = np.maximum(size_a, size_b).max(axis=2) > DOT * height
-    stacked = stroke & (shared[..., 0] > 0.4) & (shared[..., 1] < 0.5) & (gap[..., 1] <= STACK_GAP * height)
+    stacked = (
+        stroke
+        & (shared[..., 0] > 0.4)
+        & (shared[..., 1] < 0.5)
+        & (gap[..., 1] <= STACK_GAP * height)
+    )
     stacked &= (union[..., 1] <= STACK_HEIGHT * height) | (gap[..., 1] <= 3 * NEAR * height)
     bar_of_five = (
         (gap <= BAR_GAP * height).all(axis=2)
