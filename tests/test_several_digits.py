@@ -119,7 +119,7 @@ STROKES = {
         [(60, 50), (55, 110), (110, 120), (115, 180), (50, 210)],
         [(90, 50), (150, 35)],
     ],
-    "a broken 1": [[(100, 40), (100, 110)], [(101, 135), (102, 220)]],
+    "a broken 1": [[(100, 40), (100, 120)], [(101, 135), (102, 220)]],
     "a 7 with its crossbar apart": [[(50, 40), (140, 38), (125, 100)], [(115, 122), (90, 230)]],
 }
 
@@ -135,7 +135,7 @@ def test_strokes_that_lie_apart_are_one_digit(strokes, alone):
     assert len(read(image).digits) == (1 if alone else 2)
 
 
-@pytest.mark.parametrize("text", ["-7", "10:45", "3,14", "3.14", "1:1", "0-0", "=5"])
+@pytest.mark.parametrize("text", ["-7", "10:45", "3,14", "3.14", "1:1", "0-0"])
 @pytest.mark.parametrize("font", ["Pillow's", "bold", "Serif bold"])
 def test_marks_are_left_out(text, font):
     for picture in (p for size in SIZES for p in printed([text], font, size)):
@@ -173,8 +173,8 @@ def test_noise_takes_no_longer_than_a_few_seconds(density, grain):
     try:
         read(image)
     except UserError as error:
-        assert str(error).startswith("image x shows ")
-    assert time.process_time() - start < 20
+        assert str(error).startswith("image x ")
+    assert time.process_time() - start < 10
 
 
 def test_one_call_of_the_model_reads_all_digits_of_all_pictures(pretrained):
@@ -182,7 +182,9 @@ def test_one_call_of_the_model_reads_all_digits_of_all_pictures(pretrained):
     readings = [read_digits(p.file(), "x") for p in printed(["123", "45"], "bold", 40)]
     readings.insert(1, UserError("none"))
     sizes = []
-    hook = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    hook = model.patch_embed.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(len(inputs[0]))
+    )
     answers = answer(model, checkpoint, ["a", "b", "c"], readings)
     hook.remove()
     assert [row.get("prediction") for row in answers] == ["123", None, "45"] and sizes == [5]
