@@ -36,6 +36,8 @@ def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
     found = np.array([_hull(boxes[group]) for group in groups])
     sides = found[:, 2:] - found[:, :2]
     is_digit = (sides[:, 1] >= LEAST_HEIGHT * height) & (sides.max(axis=1) >= LEAST_SIDE * height)
+    if not is_digit.any():  # a stroke that lies, with nothing to compare it with
+        is_digit = sides.max(axis=1) >= LEAST_SIDE * height
     groups = [group for group, digit in zip(groups, is_digit, strict=True) if digit]
     found = found[is_digit]
     for speck in np.setdiff1d(order, np.concatenate(groups))[: 10 * MOST_PIECES]:

@@ -142,6 +142,12 @@ def test_marks_are_left_out(text, font):
         assert len(read_digits(picture.file(), "x").digits) == len(picture.text), picture.text
 
 
+def test_a_mark_with_no_digit_beside_it_is_answered():
+    image = Image.new("L", (300, 100), 255)
+    ImageDraw.Draw(image).line([(50, 50), (250, 50)], 0, 12)
+    assert len(read(image).digits) == 1
+
+
 def test_a_neighbour_leaves_no_trace_in_a_digit():
     """Two slanting strokes whose boxes overlap."""
     image = Image.new("L", (300, 200), 255)
