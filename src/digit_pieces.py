@@ -1,8 +1,7 @@
 """Sorts pieces of ink, connected strokes, into digits: which belong together, in which order.
 
-Boxes are integers (n, 4) in pixels: left, top, right, bottom, the last two beyond the ink. Lengths
-are told in the height of a digit, which is the median of the ink's: half of it is in pieces at
-least as high.
+Boxes (n, 4) are in pixels: left, top, right, bottom, the last two beyond the ink. Lengths are told
+in a digit's height, which is taken to be the median of the pieces' longer sides, weighted by ink.
 """
 
 import numpy as np
@@ -11,14 +10,12 @@ MOST_PIECES = 400  # that are looked at, the heaviest first; a page of digits ha
 SPECK = 0.3  # of a digit's height: what is smaller joins a digit or is left out
 LEAST_HEIGHT, LEAST_SIDE = 0.4, 0.5  # of a digit's height; less are marks: a minus, a comma
 TALL = 0.8  # of the height of two pieces side by side: if both are, they are two digits
-DOT = 0.45  # of a digit's height
+DOT = 0.45  # of a digit's height: pieces no longer than this are not joined to each other
 NEAR = 0.04  # of a digit's height: so far apart are the ends of a broken stroke
 STACK_GAP = 0.2  # of a digit's height, between a piece and one above it; lines lie further apart
 BAR, BAR_GAP = 0.3, 0.2  # of a digit's height: a 5's bar is so wide, so far from the rest at most
-OPEN_GAP, OPEN_STEM = (
-    0.27,
-    0.45,
-)  # of a digit's height: between the strokes of a 4; its stem's width
+OPEN_GAP = 0.27  # of a 4's height, between its two strokes
+OPEN_STEM = 0.45  # of a 4's height: the width of its upright stroke, which may slant
 
 
 def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
@@ -40,16 +37,15 @@ def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
         is_digit = sides.max(axis=1) >= LEAST_SIDE * height
     groups = [group for group, digit in zip(groups, is_digit, strict=True) if digit]
     found = found[is_digit]
-    for speck in np.setdiff1d(order, np.concatenate(groups))[: 10 * MOST_PIECES]:
-        if size[speck] < SPECK * height:
-            gap = _gaps(found, boxes[speck]).max(axis=1)
-            if gap.min() <= NEAR * height:
-                groups[gap.argmin()].append(speck)
+    for speck in order[size[order] < SPECK * height][: 10 * MOST_PIECES]:
+        gap = _gaps(found, boxes[speck]).max(axis=1)
+        if gap.min() <= NEAR * height:
+            groups[gap.argmin()].append(speck)
     return [np.array(groups[i]) for i in _reading_order(found)]
 
 
 def _typical_height(boxes: np.ndarray, mass: np.ndarray) -> float:
-    """The median of the ink's longer sides: a broken stroke's pieces may all be low."""
+    """The median longer side, not height: the pieces of a broken digit may all be low."""
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     order = np.argsort(sides)
     return float(sides[order][np.searchsorted(np.cumsum(mass[order]), mass.sum() / 2)])
