@@ -2,7 +2,8 @@
 
 Each kind of disturbance is a row of `KINDS`. A picture is made as a photo comes about: a sheet,
 perhaps with lines, is written on, lies in some light, is seen at a tilt, blurred and noisy, and
-saved as a file. Sizes, places, colours and strengths are drawn anew for each picture.
+saved as a file. Sizes, places, colours and strengths are drawn anew for each picture. Each shows
+one digit, and is read as one (`--single` of src/inference.py).
 """
 
 import report  # finds src
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 import cli
@@ -304,12 +306,18 @@ def read_all(files: list[bytes], names: list[str]) -> tuple[np.ndarray, np.ndarr
     return digits, refused
 
 
+def with_interval(right: np.ndarray) -> tuple[str, str]:
+    """The share that is right, bool (n,), in percent, and its Wilson interval of 95 %."""
+    low, high = binomtest(int(right.sum()), len(right)).proportion_ci(0.95, method="wilson")
+    return f"{100 * right.mean():.2f} %", f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
 def main() -> None:
     parser = cli.Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint", help="trained model; None: as in src/inference.py, else the pretrained one"
     )
-    parser.add_argument("--images", default=100, type=cli.integer(1, 10_000), help="of each kind")
+    parser.add_argument("--images", default=100, type=cli.integer(1, 300), help="of each kind")
     parser.add_argument(
         "--split", default="test", choices=["val", "test"], help="whose digits; val to develop"
     )
@@ -328,31 +336,32 @@ def main() -> None:
 
     split = getattr(load_dataset("mnist", args.data_dir), args.split)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed))
-    part = split[order[: args.images]]
-    originals, labels = part.images[:, 0].numpy(), part.labels.numpy()
 
-    def share_right(images: np.ndarray, refused: np.ndarray | bool = False) -> float:
-        probabilities = predict(model, images, checkpoint).probabilities
-        return float(np.mean((probabilities.argmax(axis=1) == labels) & ~np.asarray(refused)))
+    def right(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return predict(model, images, checkpoint).probabilities.argmax(axis=1) == labels
 
-    rows, shares = [], []
+    rows, read_rightly, themselves = [], [], []
     for name in tqdm(args.kinds or KINDS, desc="kinds", disable=None):
         # Of the kind's place in the table, so that a kind alone gives the pictures it gives in all.
-        generator = np.random.default_rng([args.seed, list(KINDS).index(name)])
+        place = list(KINDS).index(name)
+        generator = np.random.default_rng([args.seed, place])
+        part = split[order[place * args.images :][: args.images]]  # each kind has digits of its own
+        originals, labels = part.images[:, 0].numpy(), part.labels.numpy()
         files = [photograph(digit, KINDS[name], generator) for digit in originals]
         names = [f"{name.replace(' ', '-')}-{i:04}-{n}" for i, n in enumerate(labels)]
         digits, refused = read_all(files, names)
-        shares.append(share_right(digits, refused))
-        rows.append([name, f"{100 * shares[-1]:.1f} %", str(int(refused.sum()))])
+        read_rightly.append(right(digits, labels) & ~refused)
+        themselves.append(right(originals, labels))
+        rows.append([name, *with_interval(read_rightly[-1]), str(int(refused.sum()))])
         for content, stem, digit in zip(files, names, digits, strict=True) if args.save else ():
             suffix = ".jpg" if KINDS[name].jpeg else ".png"
             (args.save / (stem + suffix)).write_bytes(content)
             Image.fromarray(digit).save(args.save / f"{stem}-read.png")
-    rows.append(["**over all**", f"**{100 * np.mean(shares):.2f} %**", ""])
-    rows.append(["the digits themselves", f"{100 * share_right(originals):.1f} %", ""])
+    rows.append(["**over all**", *with_interval(np.concatenate(read_rightly)), ""])
+    rows.append(["the digits themselves", *with_interval(np.concatenate(themselves)), ""])
     report.publish(
         f"Photos of paper: {args.images} digits of MNIST's {args.split} split in each kind",
-        ["kind of picture", "read rightly", "refused"],
+        ["kind of picture", "read rightly", "95 % interval", "refused"],
         rows,
         device=device,
         record=args.record,

@@ -278,9 +278,10 @@ def export_file(task: Task) -> None:
 
 
 def read_digits(task: Task) -> None:
-    """Print and write what digit each picture shows; those that can't be read are named."""
+    """Print and write what digits each picture shows; those that can't be read are named."""
     names = list_images(task.args.image)
-    answers = answer(task.model, task.checkpoint, names, read_images(names))
+    readings = read_images(names, task.args.single)
+    answers = answer(task.model, task.checkpoint, names, readings)
     about = {name: task.checkpoint[name] for name in ("dataset", "class_names")}
     result = {"checkpoint": task.args.checkpoint, **about, "images": answers}
     all_read = show(result, task.args.format)
@@ -318,6 +319,7 @@ MODES = {
 FLAGS_OF_MODES: dict[str, tuple[tuple[str, ...], str]] = {
     "image": (("predict",), "names pictures to read"),
     "format": (("predict",), "(text, csv, json) is the form of the answers"),
+    "single": (("predict",), "takes a picture for one digit"),
     "index": (("attention", "report"), "chooses test images"),
     "seed": (("visualize", "attention", "embeddings", "report"), "draws test images at random"),
     "half": (("onnx",), "is the precision of a file"),
@@ -345,6 +347,11 @@ def parse_args() -> argparse.Namespace:
         action="extend",
         metavar="FILE",
         help="for predict: image files, folders (the images right in them), - for stdin",
+    )
+    parser.add_argument(
+        "--single",
+        action="store_true",
+        help="for predict: each image is known to hold one digit; its strokes may lie apart",
     )
     parser.add_argument(
         "--format",

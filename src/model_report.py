@@ -145,9 +145,7 @@ def write_report(
     ]
     if all(timings):
         if any(timing.get("fingerprint") != checkpoint.get("fingerprint") for timing in timings):
-            notes.append(
-                "times on CPU and GPU are left out: not both are of this run's settings"
-            )
+            notes.append("times on CPU and GPU are left out: not both are of this run's settings")
         else:
             sections.append(_comparison(*(_with_top5(timing, history) for timing in timings)))
     sections.append(_settings(checkpoint, history))
