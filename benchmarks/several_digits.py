@@ -3,6 +3,8 @@
 A picture counts as right if all its digits are read rightly and in order, and nothing else is.
 """
 
+import report  # first: it finds src
+
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import report  # first: it finds src
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
