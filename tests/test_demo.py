@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
@@ -24,7 +25,7 @@ from PIL import Image, ImageDraw
 
 import demo
 from checkpoint import PRETRAINED, load_checkpoint
-from digit_image import read_digit
+from digit_image import read_digits
 from explain import attention_weights, patch_map, rollout
 from predict import predict
 from utils import load_digits
@@ -47,9 +48,9 @@ def start(folder: Path, *flags: object) -> SimpleNamespace:
         lines.append(line)
         if line.startswith("Ctrl-C"):
             break
-    port = re.search(r"http://127\.0\.0\.1:(\d+)/", "".join(lines))
-    assert port, (lines, process.communicate())
-    return SimpleNamespace(process=process, lines=lines, port=int(port[1]))
+    address = re.search(r"http://(.+):(\d+)/", "".join(lines))
+    assert address, (lines, process.communicate())
+    return SimpleNamespace(process=process, lines=lines, host=address[1], port=int(address[2]))
 
 
 def end(process: subprocess.Popen) -> SimpleNamespace:
@@ -75,7 +76,7 @@ def server(tmp_path_factory, checkpoint):
 
 
 def request(server, method: str, path: str, body=None, headers=None) -> SimpleNamespace:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
     connection.request(method, path, body, headers or {})
     response = connection.getresponse()
     content = response.read()
@@ -94,15 +95,16 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def drawn(*lines: list[tuple[int, int]]) -> bytes:
-    """A PNG file of black lines on a white square of 280 pixels."""
-    image = Image.new("L", (280, 280), 255)
+def drawn(*lines: list[tuple[int, int]], width: int = 280) -> bytes:
+    """A PNG file of black lines on white, 280 pixels high."""
+    image = Image.new("L", (width, 280), 255)
     for line in lines:
         ImageDraw.Draw(image).line(line, fill=0, width=24, joint="curve")
     return png(image)
 
 
 SEVEN = drawn([(80, 60), (200, 60), (120, 230)])
+NUMBER = drawn([(80, 60), (200, 60), (120, 230)], [(350, 50), (340, 230)], width=480)  # 71
 
 
 # ------------------------------------------------------------------------------------- the server
@@ -134,15 +136,22 @@ def test_nothing_but_the_page_is_served(server, path):
 
 def test_a_drawing_is_read_as_by_python(server, checkpoint):
     model, about = load_checkpoint(checkpoint)
-    image = read_digit(io.BytesIO(SEVEN))
-    answer = request(server, "POST", "/predict", SEVEN).data
-    expected = predict(model, image[None], about["normalization"])[0]
-    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
-    np.testing.assert_array_equal(answer["received"], image)
+    reading = read_digits(io.BytesIO(NUMBER))
+    answer = request(server, "POST", "/predict", NUMBER).data
+    assert answer["size"] == list(reading.size) == [480, 280]
+    images = np.stack([digit.pixels for digit in reading.digits])
+    expected = predict(model, images, about)
     mean, std = about["normalization"]["mean"], about["normalization"]["std"]
-    pixels = (torch.from_numpy(image / np.float32(255)).view(1, 1, 28, 28) - mean) / std
-    looked = patch_map(rollout(attention_weights(model, pixels)), model)[0]
-    np.testing.assert_allclose(answer["attention"], looked, atol=1e-6)
+    pixels = (torch.from_numpy(images / np.float32(255)).unsqueeze(1) - mean) / std
+    looked = patch_map(rollout(attention_weights(model, pixels)), model)
+    assert len(answer["digits"]) == 2
+    for i, (digit, read) in enumerate(zip(answer["digits"], reading.digits, strict=True)):
+        np.testing.assert_allclose(digit["probabilities"], expected.probabilities[i], atol=1e-6)
+        assert digit["prediction"] == about["class_names"][expected.probabilities[i].argmax()]
+        assert digit["may_be_no_digit"] == expected.strange[i]
+        assert digit["box"] == list(read.box)
+        np.testing.assert_array_equal(digit["received"], read.pixels)
+        np.testing.assert_allclose(digit["attention"], looked[i], atol=1e-6)
 
 
 def test_the_model_is_described(server, checkpoint):
@@ -156,13 +165,13 @@ def test_the_model_is_described(server, checkpoint):
 def test_ten_clients_at_once_each_get_their_own_answer(server, checkpoint):
     model, about = load_checkpoint(checkpoint)
     pictures = [png(Image.fromarray(image[0].numpy())) for image in load_digits().test.images[:10]]
-    images = np.stack([read_digit(io.BytesIO(picture)) for picture in pictures])
-    expected = predict(model, images, about["normalization"])
+    read = [read_digits(io.BytesIO(picture)).digits[0].pixels for picture in pictures]
+    expected = predict(model, np.stack(read), about).probabilities
     assert len({tuple(row) for row in expected}) == 10
 
     def ask_often(picture: bytes) -> list[list[float]]:
         answers = [request(server, "POST", "/predict", picture).data for _ in range(5)]
-        return [answer["probabilities"] for answer in answers]
+        return [answer["digits"][0]["probabilities"] for answer in answers]
 
     with ThreadPoolExecutor(10) as clients:
         answers = np.array(list(clients.map(ask_often, pictures)))
@@ -180,7 +189,7 @@ def chunks(megabytes: int):
         (lambda: chunks(50), 413, "at most 10 MB"),  # its length is not told before
         (lambda: b"This is no picture.\n", 422, "give a PNG or JPEG"),
         (lambda: drawn(), 422, "blank"),
-        (lambda: png(Image.new("1", (9_000, 9_000))), 422, "too large"),
+        (lambda: png(Image.new("1", (9_000, 9_000))), 422, "9000x9000"),
         (lambda: SEVEN[:200], 422, "damaged"),
         (lambda: b"", 400, "expected the bytes of an image"),
     ],
@@ -191,6 +200,20 @@ def test_what_is_no_digit_gets_a_message_and_the_server_goes_on(server, make_bod
     assert answer.status == status and words in answer.data["error"], answer.data
     assert "\n" not in answer.data["error"] and "BytesIO" not in answer.data["error"]
     assert request(server, "POST", "/predict", SEVEN).status == 200
+
+
+def test_a_picture_that_is_too_large_meets_one_limit(server):
+    for size, limit in (((9_000, 9_000), "50 million"), ((12_000, 100), "10,000")):
+        message = request(server, "POST", "/predict", png(Image.new("1", size))).data["error"]
+        assert f"{size[0]}x{size[1]}" in message and "scale it down" in message
+        assert re.findall(r"\d[\d,]{4,}|\d+ million", message.replace("x", " "))[-1:] == [limit]
+        assert "bomb" not in message and len(message) < 120, message
+
+
+def test_a_message_says_whether_it_is_about_a_drawing_or_a_picture(server):
+    for path, word in (("/predict?drawing", "drawing"), ("/predict?picture", "picture")):
+        message = request(server, "POST", path, drawn()).data["error"]
+        assert message.startswith(word) and "image" not in message, message
 
 
 def test_other_methods_are_refused(server):
@@ -205,6 +228,78 @@ def test_a_page_from_elsewhere_whose_name_leads_here_gets_no_answer(server):
         (f"localhost:{server.port}", 200),
     ):
         assert request(server, "GET", "/model", headers={"Host": name}).status == status
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict?drawing"])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),  # another port of this computer
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://{server}"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({}, 200),
+    ],
+)
+def test_the_page_of_another_site_may_not_ask(server, path, headers, status):
+    own = f"{server.host}:{server.port}"
+    headers = {name: value.replace("{server}", own) for name, value in headers.items()}
+    answer = request(server, "POST", path, SEVEN, headers)
+    assert answer.status == status
+    assert status == 200 or "another site" in answer.data["error"]
+
+
+@pytest.mark.parametrize("count", [100, 300])
+def test_idle_connections_do_not_keep_others_waiting(server, count):
+    idle = [socket.create_connection((server.host, server.port)) for _ in range(count)]
+    begun = time.monotonic()
+    assert request(server, "GET", "/").status == 200
+    assert request(server, "POST", "/predict", SEVEN).status == 200
+    assert time.monotonic() - begun < 5
+    for connection in idle:
+        connection.close()
+
+
+def test_a_request_that_never_becomes_whole_is_given_up(server):
+    """Neither its head, though it grows, nor that of a second one in the same connection."""
+    with ThreadPoolExecutor() as clients:
+        begun = time.monotonic()
+        for ended in clients.map(
+            lambda first: seconds_until_closed(server, first), (b"", b"GET /model HTTP/1.1\r\n")
+        ):
+            assert 5 < ended - begun < 20
+
+
+def seconds_until_closed(server, first: bytes) -> float:
+    """Send a request, then a head without an end, a line a second; when the server hangs up."""
+    with socket.create_connection((server.host, server.port)) as connection:
+        connection.settimeout(1)
+        head = f"Host: {server.host}\r\n\r\n".encode() if first else b""
+        connection.sendall(first + head + b"GET / HTTP/1.1\r\n")
+        for _ in range(60):
+            try:
+                if not connection.recv(10_000):
+                    break
+            except TimeoutError:
+                connection.sendall(b"X: y\r\n")
+            except ConnectionError:
+                break
+    return time.monotonic()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "127.1", socket.gethostname()])
+def test_the_address_that_is_printed_answers(tmp_path, checkpoint, host):
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError:
+        pytest.skip(f"{host} is no address of this computer")
+    server = start(tmp_path, "--host", host, "--port", 0, "--checkpoint", checkpoint)
+    assert server.host == host
+    assert request(server, "GET", "/model").status == 200
+    assert end(server.process).status == 0
 
 
 def test_an_upload_broken_off_leaves_no_trace(tmp_path, checkpoint):
