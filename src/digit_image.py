@@ -8,9 +8,7 @@ On the way a picture is an array: colour (H, W, 3) or grey (H, W, 1) in [0, 1] a
 how much darker than its paper each pixel is, "ink" (H, W), from 0 on.
 """
 
-import io
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,48 +32,6 @@ LEAST_GRAIN = 0.004  # standard deviation of a photo's paper; a drawing's is 0
 EVEN = 0.05  # a border whose pixels differ by less than this is a drawing's, or a scan's
 THINNEST_STROKE = 0.08  # of the digit's longer side
 WIDEST_STROKE = 0.3  # of the picture's longer side; what is wider and dark is a shadow
-
-
-@dataclass(frozen=True)
-class Digit:
-    pixels: np.ndarray
-    box: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
-class Reading:
-    digits: tuple[Digit, ...]
-    size: tuple[int, int]
-
-
-def read_digits(source, name=None, *, single=False, subject="image") -> Reading:
-    """Stand-in: digits apart by columns of paper."""
-    content = source.read()
-    try:
-        image = Image.open(io.BytesIO(content)).convert("L")
-        ink = np.asarray(image) < 128
-        labels, count = ndimage.label(ink.any(axis=0))
-    except Exception:
-        labels, count = np.zeros(1), 0
-    try:
-        if not 1 < count < 20:
-            whole = read_digit(io.BytesIO(content), name)
-            if not count:
-                return Reading((Digit(whole, (0, 0, 28, 28)),), (28, 28))
-        digits = []
-        for i in range(1, count + 1):
-            columns = np.flatnonzero(labels == i)
-            left, right = int(columns[0]), int(columns[-1]) + 1
-            rows = np.flatnonzero(ink[:, left:right].any(axis=1))
-            box = (left, int(rows[0]), right, int(rows[-1]) + 1)
-            crop = Image.new("L", (box[2] - box[0] + 40, box[3] - box[1] + 40), 255)
-            crop.paste(image.crop(box), (20, 20))
-            file = io.BytesIO()
-            crop.save(file, "PNG")
-            digits.append(Digit(read_digit(io.BytesIO(file.getvalue()), name), box))
-        return Reading(tuple(digits), image.size)
-    except UserError as error:
-        raise UserError(str(error).replace("image", subject, 1)) from None
 
 
 def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.ndarray:

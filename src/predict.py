@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,18 +23,8 @@ STDIN = "-"
 MAX_STDIN = 2**28  # bytes; a picture of a size that is read takes less
 
 
-class Predictions(NamedTuple):
-    probabilities: np.ndarray
-    strange: np.ndarray
-
-
-def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predictions:
-    probabilities = _predict(model, images, checkpoint["normalization"])
-    return Predictions(probabilities, probabilities.max(axis=1) < 0.5)
-
-
 @torch.no_grad()
-def _predict(model: ViT, images: np.ndarray, normalization: dict[str, float]) -> np.ndarray:
+def predict(model: ViT, images: np.ndarray, normalization: dict[str, float]) -> np.ndarray:
     """Class probabilities of images in MNIST's form, computed in batches of 256.
 
     Args:
@@ -110,7 +100,7 @@ def answer(
     """What each picture shows: `image` with `prediction` and `probabilities`, or with `error`."""
     read = [image for image in images if not isinstance(image, UserError)]
     stacked = np.stack(read) if read else np.empty((0, 28, 28), dtype=np.uint8)
-    rows = iter(predict(model, stacked, checkpoint).probabilities)
+    rows = iter(predict(model, stacked, checkpoint["normalization"]))
     class_names, answers = checkpoint["class_names"], []
     for name, image in zip(names, images, strict=True):
         if isinstance(image, UserError):
