@@ -9,6 +9,7 @@ how much darker than its paper each pixel is, "ink" (H, W), from 0 on.
 """
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,12 +18,14 @@ from PIL import Image, ImageOps
 from scipy import ndimage
 
 from cli import UserError
+from digit_pieces import group_pieces
 from printed_lines import without_lines
 
 # What pictures come in. Pillow knows more: for EPS it would run the file as a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
 MAX_SIDE = 10_000  # pixels
 MAX_PIXELS = 50_000_000  # to decode; more would take gigabytes
+MAX_DIGITS = 200
 WORKING_SIDE = 800  # pixels; larger pictures are shrunk before they are looked at
 MIN_CONTRAST = 0.05  # of black to white; below that, what stands out is noise
 MIN_CONTRAST_IN_PHOTO = 0.2  # of the paper's brightness
@@ -31,47 +34,98 @@ FAINT_IN_PHOTO = 0.4  # the same, where shadows and grain are left
 LEAST_GRAIN = 0.004  # standard deviation of a photo's paper; a drawing's is 0
 EVEN = 0.05  # a border whose pixels differ by less than this is a drawing's, or a scan's
 THINNEST_STROKE = 0.08  # of the digit's longer side
+WIDE = 1.0  # of its height: a wider piece may be several digits
 WIDEST_STROKE = 0.3  # of the picture's longer side; what is wider and dark is a shadow
 
 
-def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.ndarray:
-    """Read a picture and bring its digit to MNIST's form: uint8 (28, 28), light on black.
+@dataclass(frozen=True)
+class Digit:
+    """A digit of a picture."""
 
-    The digit may be dark on light or light on dark, in colour, on paper with shadows, grain and
-    printed lines.
+    pixels: np.ndarray  # uint8 (28, 28) in MNIST's form
+    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels of the upright picture
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found in a picture."""
+
+    digits: tuple[Digit, ...]  # at least one, as they are written: lines from the top, each from left
+    size: tuple[int, int]  # width, height of the picture, upright, in pixels
+
+
+def read_digits(
+    source: str | Path | BinaryIO,
+    name: str | None = None,
+    *,
+    single: bool = False,
+    subject: str = "image",
+) -> Reading:
+    """Find the digits in a picture and bring each to MNIST's form: light on black.
+
+    Digits may be dark on light or light on dark, in colour, on paper with shadows, grain and
+    printed lines, in several lines. Marks that are much lower than they, a minus, a colon, a comma,
+    are left out; what is as high is taken for a digit.
 
     Args:
         source: a path, or a file open in binary mode.
         name: of the picture in messages; None is its path, or the file's own name.
+        single: the picture is known to hold one digit, and all its ink is that digit's.
+        subject: what messages call the picture.
 
     Raises:
         UserError: there is no such file, Pillow can't read it, it is too large, shows nothing or
-            several digits.
+            more than MAX_DIGITS.
     """
     if name is None:
         is_path = isinstance(source, str | Path)
         name = str(source) if is_path else str(getattr(source, "name", "given"))
-    picture = _read_picture(source, name)
-    ink = without_lines(_ink(picture))
-    return _centre(_fit(_thicken(_strokes(ink, name))))
+    what = f"{subject} {name}"
+    picture, size = _read_picture(source, what)
+    ink, pieces, photo = _connect(without_lines(_ink(picture)), what)
+    places = _find_digits(ink, pieces, photo, single)
+    if places.max() > MAX_DIGITS:
+        raise UserError(f"{what} shows {places.max()} marks, expected at most {MAX_DIGITS} digits")
+    scale = np.array(size) / ink.shape[::-1]
+    digits = []
+    for i, (rows, columns) in enumerate(ndimage.find_objects(places), start=1):
+        place = places[rows, columns]
+        others_gone = np.where((place == 0) | (place == i), ink[rows, columns], 0)
+        strokes = _strokes(others_gone, place == i, photo)
+        start, stop = (columns.start, rows.start), (columns.stop, rows.stop)
+        box = np.rint(np.concatenate((start * scale, stop * scale))).astype(int)
+        digits.append(Digit(_centre(_fit(_thicken(strokes))), tuple(box.tolist())))
+    return Reading(tuple(digits), size)
+
+
+def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.ndarray:
+    """The digit of a picture that is known to hold one, uint8 (28, 28), as `read_digits`."""
+    return read_digits(source, name, single=True).digits[0].pixels
 
 
 # ------------------------------------------------------------------------------------ the picture
 
 
-def _read_picture(source: str | Path | BinaryIO, name: str) -> np.ndarray:
-    """The picture as it is seen: turned upright, laid on paper; not larger than WORKING_SIDE."""
+def _read_picture(
+    source: str | Path | BinaryIO, what: str
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """The picture as it is seen, turned upright, laid on paper, at most WORKING_SIDE; its own size.
+
+    The size, width and height, is the one before it was shrunk.
+    """
     try:
         with warnings.catch_warnings():
             # The size is looked at here, and a warning of Pillow's is one more line for the user.
             warnings.simplefilter("ignore")
             image = Image.open(source, formats=FORMATS)
-            given = f"{image.width}x{image.height} pixels"
+            size, given = image.size, f"{image.width}x{image.height} pixels"
             too_long = max(image.size) > MAX_SIDE
             image.draft(None, (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at that size
             if too_long or image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError(given)
+            stored = image.size
             image = ImageOps.exif_transpose(image)
+            size = size[::-1] if image.size != stored else size
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel
             image = Image.fromarray(_from_deep(image))
         elif image.has_transparency_data:
@@ -79,21 +133,21 @@ def _read_picture(source: str | Path | BinaryIO, name: str) -> np.ndarray:
         else:
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         pixels = np.asarray(image.reduce(_factor(image.size, WORKING_SIDE)), dtype=np.float32)
-        return _laid_on_paper(np.atleast_3d(pixels) / (1 if image.mode == "F" else 255))
+        return _laid_on_paper(np.atleast_3d(pixels) / (1 if image.mode == "F" else 255)), size
     except FileNotFoundError:
-        raise UserError(f"image {name} not found: name an existing image file") from None
+        raise UserError(f"{what} not found: name an existing image file") from None
     except Image.DecompressionBombError as error:
         raise UserError(
-            f"image {name} is too large ({error}): expected at most {MAX_SIDE} pixels a "
+            f"{what} is too large ({error}): expected at most {MAX_SIDE} pixels a "
             f"side and {MAX_PIXELS} in all, scale it down"
         ) from None
     except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"image {name} cannot be read: {error.strerror}") from None
+        raise UserError(f"{what} cannot be read: {error.strerror}") from None
     except MemoryError:
         raise
     except Exception:  # Pillow's decoders raise whatever comes on damaged files
         raise UserError(
-            f"image {name} cannot be read: damaged, or none of {', '.join(FORMATS)}; "
+            f"{what} cannot be read: damaged, or none of {', '.join(FORMATS)}; "
             "give a PNG or JPEG file"
         ) from None
 
@@ -181,60 +235,104 @@ def _uneven_paper(grey: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the digit
 
 
-def _strokes(ink: np.ndarray, name: str) -> np.ndarray:
-    """The ink of the digit alone, cut out with the strongest ink 1: no specks, nothing else."""
-    photo = _noise(ink) > LEAST_GRAIN
+def _connect(ink: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The ink without grain, which connected piece each pixel is of (H, W), whether it's a photo.
+
+    Pieces are counted from 1; 0 is paper.
+    """
+    noise = 1.4826 * float(np.median(np.abs(ink)))  # of bare paper, which is most of the picture
+    photo = noise > LEAST_GRAIN
     if photo:
         ink = ndimage.gaussian_filter(ink, max(ink.shape) / 400)
+        noise = 1.4826 * float(np.median(np.abs(ink)))
     strong = ink.max()
-    if strong < (max(MIN_CONTRAST_IN_PHOTO, 6 * _noise(ink)) if photo else MIN_CONTRAST):
-        raise UserError(f"image {name} is blank: expected one digit, dark on light or the reverse")
-    labels, _ = ndimage.label(
-        ink > (FAINT_IN_PHOTO if photo else FAINT) * strong, structure=np.ones((3, 3))
-    )
-    kept = np.isin(labels, _digit_parts(ink, labels, photo, name))
-    rows, columns = ndimage.find_objects(kept.astype(np.uint8))[0]
-    ink, kept = ink[rows, columns], kept[rows, columns]
-    strong = np.percentile(ink[kept], 75) if photo else ink[kept].max()
-    edge = max(1, round(max(ink.shape) / 20))  # a pixel of the result
-    ink = np.where(ndimage.binary_dilation(kept, iterations=edge), ink, 0)
-    return np.clip(ink / strong, 0, 1).astype(np.float32)
+    if strong < (max(MIN_CONTRAST_IN_PHOTO, 6 * noise) if photo else MIN_CONTRAST):
+        raise UserError(f"{what} is blank: expected digits, dark on light or the reverse")
+    faint = (FAINT_IN_PHOTO if photo else FAINT) * strong
+    return ink, ndimage.label(ink > faint, structure=np.ones((3, 3)))[0], photo
 
 
-def _noise(ink: np.ndarray) -> float:
-    """The standard deviation of bare paper, which is most of the picture: from the median."""
-    return 1.4826 * float(np.median(np.abs(ink)))
+def _find_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool) -> np.ndarray:
+    """Which digit each pixel is of, (H, W): from 1 in the order in which they are written, 0 none.
 
-
-def _digit_parts(ink: np.ndarray, labels: np.ndarray, photo: bool, name: str) -> np.ndarray:
-    """The labels of the connected parts that make up the digit: the largest, and what is near."""
-    numbers = np.arange(1, labels.max() + 1)
-    mass = ndimage.sum_labels(ink, labels, numbers)
-    strength = mass / ndimage.sum_labels(labels > 0, labels, numbers)
-    found = ndimage.find_objects(labels)
-    start = np.array([(rows.start, columns.start) for rows, columns in found])
-    stop = np.array([(rows.stop, columns.stop) for rows, columns in found])
-    length = (stop - start).max(axis=1)
-    large = length > max(ink.shape) / 20
+    Args:
+        pieces: (H, W), which connected piece each pixel is of.
+    """
+    if not single:
+        pieces = _separate(ink, pieces)
+    numbers = np.arange(1, pieces.max() + 1)
+    mass = ndimage.sum_labels(ink, pieces, numbers)
+    strength = ndimage.mean(ink, pieces, numbers)
+    found = ndimage.find_objects(pieces)
+    boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in found])
+    large = np.maximum(*(boxes[:, 2:] - boxes[:, :2]).T) > max(ink.shape) / 20
     # In a photo, what reaches its edge is the table, a shadow or a finger.
-    inner = (start > 0).all(axis=1) & (stop < ink.shape).all(axis=1) | (not photo)
+    inner = (boxes[:, :2] > 0).all(axis=1) & (boxes[:, 2:] < ink.shape[::-1]).all(axis=1)
+    inner |= not photo
     main = np.where(inner & large if (inner & large).any() else True, mass, 0).argmax()
-    parts = numbers == numbers[main]
+    inner[main] = True
+    if single:
+        groups = [np.flatnonzero(_one_digit(boxes, mass, inner, main))]
+    else:
+        usable = np.flatnonzero(inner & (strength > 0.7 * strength[main]))
+        groups = [usable[group] for group in group_pieces(boxes[usable], mass[usable])]
+    digit = np.zeros(len(numbers) + 1, dtype=int)
+    for i, group in enumerate(groups, start=1):
+        digit[numbers[group]] = i
+    return digit[pieces]
+
+
+def _separate(ink: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """Part wide pieces whose halves are joined by fainter ink alone, as small print is."""
+    pieces, count = pieces.copy(), pieces.max()
+    found = ndimage.find_objects(pieces)
+    tallest = max(rows.stop - rows.start for rows, _ in found)
+    for i, (rows, columns) in enumerate(found, start=1):
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        if width < WIDE * height or height < 0.4 * tallest:
+            continue
+        piece = pieces[rows, columns]
+        own = np.where(piece == i, ink[rows, columns], 0)
+        best, best_count = None, 1
+        for level in (0.35, 0.5, 0.65, 0.8):
+            parts, _ = ndimage.label(own > level * own.max(), structure=np.ones((3, 3)))
+            tall = [
+                j for j, (y, _) in enumerate(ndimage.find_objects(parts), start=1)
+                if y.stop - y.start >= 0.6 * height
+            ]
+            if len(tall) > best_count:
+                best, best_count = np.where(np.isin(parts, tall), parts, 0), len(tall)
+        if best is not None:
+            nearest = ndimage.distance_transform_edt(
+                best == 0, return_distances=False, return_indices=True
+            )
+            numbers = np.zeros(best.max() + 1, dtype=pieces.dtype)
+            numbers[np.unique(best)[1:]] = [i, *range(count + 1, count + best_count)]
+            count += best_count - 1
+            piece[piece == i] = numbers[best[tuple(nearest)]][piece == i]
+    return pieces
+
+
+def _one_digit(boxes: np.ndarray, mass: np.ndarray, inner: np.ndarray, main: int) -> np.ndarray:
+    """Which pieces make up the only digit, bool (n,): the largest, and what is near."""
+    parts = np.arange(len(boxes)) == main
+    start, stop = boxes[:, :2], boxes[:, 2:]
     while True:  # a broken stroke's pieces join the box one after the other
         top_left, bottom_right = start[parts].min(axis=0), stop[parts].max(axis=0)
         size = (bottom_right - top_left).max()
         gap = np.maximum(start - bottom_right, top_left - stop).max(axis=1)
         near = inner & (gap < 0.2 * size) & (mass > 0.02 * mass[main])
         if not (near & ~parts).any():
-            break
+            return parts
         parts |= near
-    # As high and as dark as the digit, and far from it: one more.
-    others = inner & large & ~parts & (length > 0.6 * size) & (strength > 0.7 * strength[main])
-    if others.any():
-        raise UserError(
-            f"image {name} shows several digits or marks: expected one digit, cut it out"
-        )
-    return numbers[parts]
+
+
+def _strokes(ink: np.ndarray, kept: np.ndarray, photo: bool) -> np.ndarray:
+    """The ink of a digit alone, the strongest 1, from the box that it lies in."""
+    strong = np.percentile(ink[kept], 75) if photo else ink[kept].max()
+    edge = max(1, round(max(ink.shape) / 20))  # a pixel of the result
+    ink = np.where(ndimage.binary_dilation(kept, iterations=edge), ink, 0)
+    return np.clip(ink / strong, 0, 1).astype(np.float32)
 
 
 def _thicken(ink: np.ndarray) -> np.ndarray:

@@ -1,0 +1,125 @@
+"""Sorts pieces of ink, connected strokes, into digits: which belong together, in which order.
+
+Boxes are integers (n, 4) in pixels: left, top, right, bottom, the last two beyond the ink. Lengths
+are told in the height of a digit, which is the median of the ink's: half of it is in pieces at
+least as high.
+"""
+
+import numpy as np
+
+MOST_PIECES = 400  # that are looked at, the heaviest first; a page of digits has fewer
+SPECK = 0.3  # of a digit's height: what is smaller joins a digit or is left out
+LEAST_HEIGHT, LEAST_SIDE = 0.4, 0.5  # of a digit's height; less are marks: a minus, a comma
+TALL = 0.8  # of the height of two pieces side by side: if both are, they are two digits
+DOT = 0.45  # of a digit's height
+NEAR = 0.04  # of a digit's height: so far apart are the ends of a broken stroke
+STACK_GAP, STACK_HEIGHT = 0.3, 1.5  # of a digit's height, for one piece above another
+BAR = 0.35  # of a digit's height: a piece that is lower, and wider than high
+OPEN_GAP, OPEN_STEM = 0.27, 0.45  # of a digit's height: between the strokes of a 4; its stem's width
+
+
+def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
+    """The pieces of each digit, as indices, in the order in which digits are written.
+
+    Args:
+        boxes: (n, 4), n at least 1.
+        mass: (n,), the ink of each piece.
+    """
+    height = _typical_height(boxes, mass)
+    size = np.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+    order = np.argsort(-mass, kind="stable")
+    strokes = order[size[order] >= SPECK * height][:MOST_PIECES]
+    groups = _join([[i] for i in strokes], boxes[strokes].astype(float), height)
+    found = np.array([_hull(boxes[group]) for group in groups])
+    sides = found[:, 2:] - found[:, :2]
+    is_digit = (sides[:, 1] >= LEAST_HEIGHT * height) & (sides.max(axis=1) >= LEAST_SIDE * height)
+    groups = [group for group, digit in zip(groups, is_digit, strict=True) if digit]
+    found = found[is_digit]
+    for speck in np.setdiff1d(order, np.concatenate(groups))[: 10 * MOST_PIECES]:
+        if size[speck] < SPECK * height:
+            gap = _gaps(found, boxes[speck]).max(axis=1)
+            if gap.min() <= NEAR * height:
+                groups[gap.argmin()].append(speck)
+    return [np.array(groups[i]) for i in _reading_order(found)]
+
+
+def _typical_height(boxes: np.ndarray, mass: np.ndarray) -> float:
+    heights = boxes[:, 3] - boxes[:, 1]
+    order = np.argsort(heights)
+    return float(heights[order][np.searchsorted(np.cumsum(mass[order]), mass.sum() / 2)])
+
+
+def _hull(boxes: np.ndarray) -> np.ndarray:
+    """The box (4,) around boxes (n, 4)."""
+    return np.concatenate((boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)))
+
+
+def _gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The blank between boxes (..., 4) along x and y, (..., 2); negative where they overlap."""
+    return np.maximum(a[..., :2], b[..., :2]) - np.minimum(a[..., 2:], b[..., 2:])
+
+
+def _join(groups: list[list[int]], boxes: np.ndarray, height: float) -> list[list[int]]:
+    """Join groups, the nearest first, until all that are left are digits and marks of their own."""
+    while len(groups) > 1:
+        distance = np.maximum(_gaps(boxes[:, None], boxes[None]), 0).max(axis=2) + 1
+        distance = np.where(_are_one(boxes, height), distance, np.inf)
+        i, j = np.unravel_index(distance.argmin(), distance.shape)
+        if distance[i, j] == np.inf:
+            break
+        boxes[i] = _hull(boxes[[i, j]])
+        groups[i] += groups[j]
+        del groups[j]
+        boxes = np.delete(boxes, j, axis=0)
+    return groups
+
+
+def _are_one(boxes: np.ndarray, height: float) -> np.ndarray:
+    """Whether the pieces i and j, of which i is the one further left, are one digit's, (n, n)."""
+    a, b = boxes[:, None], boxes[None]
+    size_a, size_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
+    gap = _gaps(a, b)
+    union = np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])
+    lower, taller = np.minimum(size_a, size_b)[..., 1], np.maximum(size_a, size_b)[..., 1]
+    side_by_side = (lower > TALL * union[..., 1])
+    shared = -gap / np.minimum(size_a, size_b)
+    fits = union[..., 0] <= 1.2 * np.maximum(height, taller)
+
+    inside = (shared > 0.6).all(axis=2)
+    broken = (gap <= NEAR * height).all(axis=2)
+    # Not a colon's dots: at least one of the two is a stroke.
+    stroke = np.maximum(size_a, size_b).max(axis=2) > DOT * height
+    stacked = stroke & (shared[..., 0] > 0.4) & (shared[..., 1] < 0.5) & (gap[..., 1] <= STACK_GAP * height)
+    stacked &= (union[..., 1] <= STACK_HEIGHT * height) | (gap[..., 1] <= 3 * NEAR * height)
+    is_bar = (size_b[..., 1] < BAR * height) & (size_b[..., 0] > size_b[..., 1])
+    bar_of_five = is_bar & (gap[..., 0] <= STACK_GAP * height)
+    bar_of_five &= np.abs(b[..., 1] - a[..., 1]) <= 0.2 * height
+    unit = union[..., 1]
+    open_four = (
+        (gap[..., 0] <= OPEN_GAP * unit)
+        & (size_a[..., 1] >= 0.35 * unit)
+        & (size_b[..., 1] >= 0.6 * unit)
+        & (size_b[..., 0] <= OPEN_STEM * unit)
+        & (a[..., 3] <= b[..., 3] - 0.25 * unit)
+        & (a[..., 1] <= b[..., 1] + 0.3 * unit)
+        & (shared[..., 1] > 0.1)
+    )
+    one = inside | broken | stacked | bar_of_five | open_four
+    return one & ~side_by_side & fits & (a[..., 0] <= b[..., 0]) & ~np.eye(len(boxes), dtype=bool)
+
+
+def _reading_order(boxes: np.ndarray) -> list[int]:
+    """Lines from the top, each from the left. A line may climb or fall."""
+    lines: list[list[int]] = []
+    for i in np.argsort(boxes[:, 0] + boxes[:, 2], kind="stable"):
+        ends = boxes[[line[-1] for line in lines]] if lines else boxes[:0]
+        height = np.minimum(ends[:, 3] - ends[:, 1], boxes[i, 3] - boxes[i, 1])
+        shared = -_gaps(ends, boxes[i])[:, 1] / height
+        if len(lines) and shared.max() > 0.4:
+            lines[shared.argmax()].append(int(i))
+        else:
+            lines.append([int(i)])
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    runs = np.array([middle[line[-1]] - middle[line[0]] for line in lines]).sum(axis=0)
+    level = middle[:, 1] - middle[:, 0] * (runs[1] / runs[0] if runs[0] else 0)
+    return [i for line in sorted(lines, key=lambda line: level[line].mean()) for i in line]
