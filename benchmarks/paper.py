@@ -331,7 +331,7 @@ def main() -> None:
     originals, labels = part.images[:, 0].numpy(), part.labels.numpy()
 
     def share_right(images: np.ndarray, refused: np.ndarray | bool = False) -> float:
-        probabilities = predict(model, images, checkpoint["normalization"])
+        probabilities = predict(model, images, checkpoint).probabilities
         return float(np.mean((probabilities.argmax(axis=1) == labels) & ~np.asarray(refused)))
 
     rows, shares = [], []

@@ -2,8 +2,9 @@
 
 A checkpoint is a dict. Four keys are the published ones: `epoch`, `model_state_dict`,
 `optimizer_state_dict` and `best_acc` (percent). Ours add `model_config`, `normalization`,
-`dataset`, `class_names`, `settings` and `versions`, all that it takes to use the model. The file is
-torch.save's, a zip archive, with the SHA-256 of all before it as the archive's comment.
+`dataset`, `class_names`, `settings` and `versions`, all that it takes to use the model, and, when a
+run has ended, `calibration`, what its answers are worth (confidence.py). The file is torch.save's,
+a zip archive, with the SHA-256 of all before it as the archive's comment.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+import confidence
 from archive import RefusedError, read_archive
 from cli import UserError
 from files import replacing
@@ -30,6 +32,7 @@ PUBLISHED = {
     "dataset": "mnist",
     "class_names": list(DIGITS),
     "settings": {"label_smoothing": 0.1},
+    "calibration": confidence.NONE,
 }
 CHECKSUM = b"sha256:"  # before 64 hexadecimal digits
 MAX_WEIGHT = 1e6  # far above what training leads to, and no sum of products overflows
@@ -125,6 +128,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
             **checkpoint["settings"],
             "label_smoothing": float(checkpoint["settings"]["label_smoothing"]),
         }
+        checkpoint["calibration"] = confidence.validated(checkpoint["calibration"], config)
         if len(checkpoint["class_names"]) != config["num_classes"]:
             raise ValueError(f"{config['num_classes']} classes, but other names for them")
         mean, std = checkpoint["normalization"].values()

@@ -8,6 +8,7 @@ In the comments on shapes, beside the letters of vit_model.py,
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -103,8 +104,20 @@ class Outputs:
     """What a model makes of a test set, image by image."""
 
     features: np.ndarray  # (n, D): what the head reads
-    probabilities: np.ndarray  # (n, K): softmax of the logits
+    logits: np.ndarray  # (n, K)
     labels: np.ndarray  # (n,)
+    temperature: float = 1.0  # of the probabilities
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """Softmax of the logits over the temperature, (n, K)."""
+        return torch.from_numpy(self.logits).div(self.temperature).softmax(dim=1).numpy()
+
+    @property
+    def cross_entropy(self) -> float:
+        """The mean negative log-likelihood of the labels, in nats."""
+        own = np.take_along_axis(self.probabilities, self.labels[:, None], axis=1)
+        return -float(np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
 
     @property
     def predicted(self) -> np.ndarray:
@@ -123,15 +136,20 @@ class Outputs:
 
 
 @torch.no_grad()
-def outputs(model: ViT, loader: BatchLoader) -> Outputs:
-    """Run a model over all images of a loader, on its device, in fp32 and without dropout."""
+def outputs(model: ViT, loader: BatchLoader, temperature: float = 1.0) -> Outputs:
+    """Run a model over all images of a loader, on its device, in fp32 and without dropout.
+
+    Args:
+        temperature: of the probabilities, as `confidence.fit` finds it.
+    """
     parts = []
     bar = tqdm(loader, desc="test images", unit="batch", leave=False, disable=None)
     with _evaluating(model):
         for images, labels in bar:
             read = model.features(images)
-            parts.append((read, model.head(read).softmax(dim=1), labels))
-    return Outputs(*(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)))
+            parts.append((read, model.head(read), labels))
+    columns = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+    return Outputs(*columns, temperature)
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:

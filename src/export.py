@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MODES = ("onnx", "torch_export")
 # Largest difference of an output from PyTorch's. int8's is no measure: it goes by the classes.
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05}
-MAX_LOSS = 1.0  # percentage points of test accuracy, beyond what chance explains
+MAX_LOSS = 1.0  # percentage points of validation accuracy, beyond what chance explains
 CALIBRATION_IMAGES = 1000
 LATENCY_CALLS = 300
 
@@ -71,16 +71,18 @@ class RawInput(nn.Module):
     Shape: uint8 (B, C, S, S) -> (B, num_classes).
     """
 
-    def __init__(self, network: nn.Module, mean: float, std: float) -> None:
+    def __init__(
+        self, network: nn.Module, mean: float, std: float, temperature: float = 1.0
+    ) -> None:
         super().__init__()
         self.network = network
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.temperature = mean, std, temperature
 
     def normalize(self, pixels: Tensor) -> Tensor:
         return (pixels.float() / 255 - self.mean) / self.std
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.network(self.normalize(pixels)).softmax(dim=1)
+        return (self.network(self.normalize(pixels)) / self.temperature).softmax(dim=1)
 
 
 def describe(checkpoint: dict[str, Any], precision: str, raw_input: bool) -> dict[str, str]:
@@ -91,12 +93,14 @@ def describe(checkpoint: dict[str, Any], precision: str, raw_input: bool) -> dic
     if raw_input:
         images, outputs = "pixels from 0 to 255, light on black, not normalised", "probabilities"
     else:
-        images, outputs = "(pixel / 255 - mean) / std, light on black", "logits"
+        images = "(pixel / 255 - mean) / std, light on black"
+        outputs = "logits (softmax of logits / temperature gives probabilities)"
     return {
         "dataset": checkpoint["dataset"],
         "class_names": json.dumps(checkpoint["class_names"]),
         "mean": str(checkpoint["normalization"]["mean"]),
         "std": str(checkpoint["normalization"]["std"]),
+        "temperature": str(checkpoint["calibration"]["temperature"]),
         "input": f"{'uint8' if raw_input else 'float32'} {shape}: {images}",
         "output": f"{outputs}, {classes}",
         "precision": precision,
@@ -233,7 +237,7 @@ class Exported:
     @torch.inference_mode()
     def classes(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """PyTorch's and the file's class (n,) of each image, uint8 (n, C, S, S)."""
-        batches = tqdm(images.split(500), "testing", disable=None, leave=False)
+        batches = tqdm(images.split(500), "validating", disable=None, leave=False)
         pairs = [(self.network(x), self.run(x)) for x in map(self.prepare, batches)]
         expected, found = (torch.cat(outputs).argmax(1) for outputs in zip(*pairs, strict=True))
         return expected, found
@@ -270,11 +274,12 @@ def export(
         checkpoint: what `load_checkpoint` gave with the model.
         mode: one of `MODES`.
         precision: "fp32", or of ONNX "fp16" and "int8".
-        raw_input: put normalisation and softmax into the file.
+        raw_input: put normalisation, temperature and softmax into the file.
         calibration: for int8, training images without augmentation, uint8 (n, C, S, S).
     """
     config = checkpoint["model_config"]
-    wrapped = RawInput(model, **checkpoint["normalization"]).eval()
+    temperature = checkpoint["calibration"]["temperature"]
+    wrapped = RawInput(model, **checkpoint["normalization"], temperature=temperature).eval()
     network, prepare = (wrapped, lambda pixels: pixels) if raw_input else (model, wrapped.normalize)
     image_shape = (config["in_chans"], config["img_size"], config["img_size"])
     sample = prepare(torch.zeros(2, *image_shape, dtype=torch.uint8))
@@ -293,15 +298,15 @@ def export(
     return Exported(content, run, network, prepare, image_shape)
 
 
-def compare(exported: Exported, precision: str, name: str, test: Split | None) -> str:
-    """Hold the file `name` against PyTorch: size, accuracy if there is a test set, and latency.
+def compare(exported: Exported, precision: str, name: str, val: Split | None) -> str:
+    """Hold the file `name` against PyTorch: size, accuracy if there are validation images, latency.
 
     Returns:
         A table for people.
 
     Raises:
-        UserError: an output differs from PyTorch's by more than `TOLERANCE`, or the test accuracy
-            is lower by more than `MAX_LOSS`.
+        UserError: an output differs from PyTorch's by more than `TOLERANCE`, or the validation
+            accuracy is lower by more than `MAX_LOSS`.
     """
     advice = "not written"
     if precision != "fp32":
@@ -318,18 +323,19 @@ def compare(exported: Exported, precision: str, name: str, test: Split | None) -
     weights = exported.network.state_dict().values()
     sizes = sum(tensor.numel() * tensor.element_size() for tensor in weights), len(exported.content)
     rows = [["", "PyTorch", name], ["size", *(f"{size / 1e6:.2f} MB" for size in sizes)]]
-    if test is not None:
-        expected, found = exported.classes(test.images)
-        before, after = (100 * float((c == test.labels).double().mean()) for c in (expected, found))
+    if val is not None:  # not the test set: this decides something
+        expected, found = exported.classes(val.images)
+        before, after = (100 * float((c == val.labels).double().mean()) for c in (expected, found))
         different = int((expected != found).sum())
-        notes += [f"same class as PyTorch: {len(test) - different:,} of {len(test):,} test images"]
-        rows += [["test accuracy", f"{before:.2f} %", f"{after:.2f} %"]]
+        same = f"{len(val) - different:,} of {len(val):,} validation images"
+        notes += [f"same class as PyTorch: {same}"]
+        rows += [["validation accuracy", f"{before:.2f} %", f"{after:.2f} %"]]
         # Of few images chance alone may take more (McNemar, 1947): two standard deviations.
-        chance = 100 * 2 * different**0.5 / len(test)
+        chance = 100 * 2 * different**0.5 / len(val)
         if before - after > MAX_LOSS + chance:
             raise UserError(
-                f"{name} in {precision} has a test accuracy of {after:.2f} %, expected at most "
-                f"{MAX_LOSS:g} point below PyTorch's {before:.2f} %: {advice}"
+                f"{name} in {precision} has a validation accuracy of {after:.2f} %, expected at "
+                f"most {MAX_LOSS:g} point below PyTorch's {before:.2f} %: {advice}"
             )
     rows += [["latency, one image", *(f"{1000 * s:.2f} ms" for s in exported.latencies())]]
     notes += [f"latency: CPU, threads: {torch.get_num_threads()}, median of {LATENCY_CALLS} calls"]

@@ -48,15 +48,15 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
             temporary.unlink()
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all. Raises UserError as `replacing` does."""
-    with replacing(path) as temporary:
+def write_text(path: str | Path, text: str, keep: str | Path | None = None) -> None:
+    """Write `text` to `path`, whole or not at all. `keep` and UserError: as in `replacing`."""
+    with replacing(path, keep) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def write_json(path: str | Path, data: Any) -> None:
-    """Write `data` to `path` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+def write_json(path: str | Path, data: Any, keep: str | Path | None = None) -> None:
+    """Write `data` to `path` as indented JSON, like `write_text`."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n", keep)
 
 
 def check_writable(path: str | Path) -> None:

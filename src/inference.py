@@ -1,15 +1,18 @@
 """Use a trained model: picture its predictions, score it, export it, read one's own digits."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,10 +24,10 @@ import figures
 from checkpoint import find_checkpoint, load_checkpoint
 from cli import UserError
 from files import check_writable, replacing, write_json
-from model_report import write_report
+from model_report import calibration_errors, write_report
 from predict import FORMATS, answer, list_images, read_images, show
 from recipes import DATASET_SETTINGS
-from utils import BatchLoader, Dataset, evaluate, load_dataset
+from utils import BatchLoader, Dataset, accuracy, load_dataset
 from vit_model import ViT
 
 
@@ -47,20 +50,21 @@ class Task:
             raise UserError(f"{self.args.checkpoint} takes other images than {name}'s 1x28x28")
         return load_dataset(name, self.args.data_dir)
 
-    def test_loader(self) -> BatchLoader:
-        """The test set that the model was made for, normalised as in its training."""
+    @cached_property
+    def test(self) -> BatchLoader:
+        """The test set that the model was made for, normalised as in its training, loaded once."""
         split = self.dataset().test.to(self.device)
         return BatchLoader(split, 500, **self.checkpoint["normalization"])
 
     @cached_property
-    def test(self) -> BatchLoader:
-        """`test_loader`, loaded once for all pictures."""
-        return self.test_loader()
-
-    @cached_property
     def outputs(self) -> explain.Outputs:
-        """What the model makes of the whole test set, run once for all pictures."""
-        return explain.outputs(self.model, self.test)
+        """What the model makes of the whole test set, run once."""
+        return explain.outputs(self.model, self.test, self.temperature)
+
+    @property
+    def temperature(self) -> float:
+        """Of the model's probabilities."""
+        return self.checkpoint["calibration"]["temperature"]
 
     @property
     def class_names(self) -> list[str]:
@@ -75,7 +79,7 @@ class Task:
 def draw_predictions(task: Task) -> Figure:
     """16 random test images under what the model takes them for."""
     pixels, images, labels = _images(task, _random(task, 16))
-    probabilities, guesses = task.model(images).softmax(dim=1).max(dim=1)
+    probabilities, guesses = (task.model(images) / task.temperature).softmax(dim=1).max(dim=1)
     right = int((guesses == labels).sum())
     return figures.predictions(
         pixels,
@@ -97,7 +101,7 @@ def draw_attention(task: Task) -> Figure:
         )
     pixels, images, labels = _images(task, chosen)
     weights = explain.attention_weights(task.model, images)
-    probabilities, guesses = task.model(images).softmax(dim=1).max(dim=1)
+    probabilities, guesses = (task.model(images) / task.temperature).softmax(dim=1).max(dim=1)
     names = task.class_names
     titles = [
         f"test image {i}\n{names[guess]}: {100 * p:.1f} % (true: {names[label]})"
@@ -157,7 +161,7 @@ def draw_calibration(task: Task) -> Figure:
     bins = explain.calibration(outputs.confidence, outputs.correct)
     return figures.calibration(
         bins,
-        f"Expected calibration error {100 * bins.expected_error:.2f} % "
+        f"Expected calibration error {calibration_errors(outputs)} "
         f"({task.checkpoint['dataset']})\nmean confidence {100 * outputs.confidence.mean():.2f} %, "
         f"accuracy {100 * outputs.correct.mean():.2f} %",
     )
@@ -215,14 +219,36 @@ def report(task: Task) -> None:
 
 
 def score(task: Task) -> None:
-    """Score on the test set, as training ends."""
-    smoothing = task.checkpoint["settings"]["label_smoothing"]
-    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
-    loss, top1, top5 = evaluate(task.model, task.test_loader(), criterion, task.device)
-    dataset = task.checkpoint["dataset"]
+    """Score on the test set, as training ends; an evaluation of another checkpoint is kept."""
+    smoothing, dataset = task.checkpoint["settings"]["label_smoothing"], task.checkpoint["dataset"]
+    outputs, path = task.outputs, task.args.output
+    logits, labels = torch.from_numpy(outputs.logits), torch.from_numpy(outputs.labels)
+    loss = F.cross_entropy(logits.double(), labels, label_smoothing=smoothing).item()
+    top1, top5 = accuracy(logits, labels, (1, 5))
     cli.print_test_result(dataset, loss, top1, top5)
-    result = {"dataset": dataset, "loss": loss, "top1": top1, "top5": top5}
-    write_json(task.args.output, {"checkpoint": task.args.checkpoint, **result})
+    print(
+        f"Cross-entropy: {outputs.cross_entropy:.4f}  (labels not smoothed, temperature "
+        f"{task.temperature:.3f}; Test Loss: labels smoothed by {smoothing:g}, temperature 1)"
+    )
+    result = {"checkpoint": task.args.checkpoint, "dataset": dataset, "loss": loss}
+    result |= {"label_smoothing": smoothing, "cross_entropy": outputs.cross_entropy}
+    result |= {"temperature": task.temperature, "top1": top1, "top5": top5}
+    keep = None
+    if not _is_evaluation_of(task.args.checkpoint, path):
+        numbered = (path.with_stem(f"{path.stem}.{i}") for i in count(1))
+        keep = next(name for name in numbered if not name.exists())
+        print(f"Kept: {path}, which is of another checkpoint, as {keep}")
+    write_json(path, result, keep)
+
+
+def _is_evaluation_of(checkpoint: str, path: Path) -> bool:
+    """Whether the file at `path` is of this checkpoint, or there is none."""
+    try:
+        return json.loads(path.read_bytes())["checkpoint"] == checkpoint
+    except FileNotFoundError:
+        return True
+    except (LookupError, OSError, RecursionError, TypeError, ValueError):
+        return False
 
 
 def export_file(task: Task) -> None:
@@ -234,7 +260,7 @@ def export_file(task: Task) -> None:
     except UserError as error:
         if precision == "int8":
             raise UserError(f"--quantize int8 is set by training images: {error}") from None
-        print(f"note: the test accuracy is not measured: {error}", file=sys.stderr)
+        print(f"note: the validation accuracy is not measured: {error}", file=sys.stderr)
         dataset = None
     exported = export.export(
         task.model.cpu(),
@@ -244,7 +270,7 @@ def export_file(task: Task) -> None:
         raw_input=args.raw_input,
         calibration=dataset and dataset.train.images[: export.CALIBRATION_IMAGES],
     )
-    print(export.compare(exported, precision, args.output.name, dataset and dataset.test))
+    print(export.compare(exported, precision, args.output.name, dataset and dataset.val))
     with replacing(args.output) as temporary:
         temporary.write_bytes(exported.content)
 

@@ -9,7 +9,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ PICTURES = {
         "Calibration",
         "Of the predictions made with 80 % confidence, 80 % should be right. Bars above the "
         "diagonal are more often right than the model claims (label smoothing does that), bars "
-        "below less often. The expected calibration error is the mean distance to the diagonal, "
-        "weighted by the images below (Guo et al., 2017).",
+        "below less often. A temperature, set on validation images when training ends, corrects "
+        "that. The expected calibration error is the mean distance to the diagonal, weighted by "
+        "the images below (Guo et al., 2017).",
     ),
     "attention": (
         "Attention",
@@ -271,19 +272,30 @@ def _same_run(history: dict[str, Any], checkpoint: dict[str, Any]) -> bool:
 def _results(checkpoint: dict[str, Any], model: ViT, outputs: Outputs) -> Section:
     own = np.take_along_axis(outputs.probabilities, outputs.labels[:, None], axis=1)  # (n, 1)
     top5 = (outputs.probabilities > own).sum(axis=1) < 5
-    loss = -np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean()
-    error = calibration(outputs.confidence, outputs.correct).expected_error
     n, wrong = len(outputs.labels), int((~outputs.correct).sum())
     rows = [
         ("test accuracy", f"{100 * outputs.correct.mean():.2f} % ({wrong:,} of {n:,} wrong)"),
         ("test accuracy, top-5", f"{100 * top5.mean():.2f} %"),
-        ("test cross-entropy", f"{loss:.4f} nats (labels not smoothed)"),
-        ("expected calibration error", f"{100 * error:.2f} %"),
+        ("test cross-entropy", f"{outputs.cross_entropy:.4f} nats (labels not smoothed)"),
+        ("expected calibration error", calibration_errors(outputs)),
         ("validation accuracy", f"{checkpoint['best_acc']:.2f} % in epoch {checkpoint['epoch']}"),
         ("parameters", f"{count_parameters(model):,}"),
         ("data set", checkpoint["dataset"]),
     ]
     return Section("Results", tables=[Table(("", "result"), rows)])
+
+
+def calibration_errors(outputs: Outputs) -> str:
+    """The expected calibration error, and, where there is a temperature, what it is without."""
+    error, without = (
+        calibration(each.confidence, each.correct).expected_error
+        for each in (outputs, replace(outputs, temperature=1.0))
+    )
+    if outputs.temperature == 1:
+        return f"{100 * error:.2f} %"
+    return (
+        f"{100 * error:.2f} % at temperature {outputs.temperature:.3f}, {100 * without:.2f} % at 1"
+    )
 
 
 def _scores_by_class(outputs: Outputs, class_names: Sequence[str]) -> Table:

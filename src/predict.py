@@ -6,13 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+import confidence
 from cli import UserError
 from digit_image import FORMATS as PICTURES
 from digit_image import read_digit
@@ -23,25 +24,31 @@ STDIN = "-"
 MAX_STDIN = 2**28  # bytes; a picture of a size that is read takes less
 
 
+class Predictions(NamedTuple):
+    """What a model makes of n images."""
+
+    probabilities: np.ndarray  # float32 (n, num_classes); each row sums to 1
+    strange: np.ndarray  # bool (n,): may be no digit
+
+
 @torch.no_grad()
-def predict(model: ViT, images: np.ndarray, normalization: dict[str, float]) -> np.ndarray:
-    """Class probabilities of images in MNIST's form, computed in batches of 256.
+def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predictions:
+    """Read images in MNIST's form, in batches of 256.
 
     Args:
         model: in evaluation mode; the images go to the device where it is.
         images: uint8 (n, 28, 28), light on black; n may be 0.
-        normalization: `mean` and `std` of pixels scaled to [0, 1], as the checkpoint has them.
-
-    Returns:
-        float32 (n, num_classes); each row sums to 1.
+        checkpoint: what `load_checkpoint` gave with the model: its normalization and calibration.
     """
-    device = next(model.parameters()).device
+    device, calibration = next(model.parameters()).device, checkpoint["calibration"]
+    mean, std = checkpoint["normalization"].values()
     parts = []
     for batch in torch.from_numpy(images).split(BATCH_SIZE):
         pixels = batch.to(device).unsqueeze(1).float() / 255
-        logits = model((pixels - normalization["mean"]) / normalization["std"])
-        parts.append(logits.softmax(dim=1).cpu())
-    return torch.cat(parts).numpy()
+        logits, vectors = confidence.read(model, (pixels - mean) / std)
+        probabilities = (logits / calibration["temperature"]).softmax(dim=1)
+        parts.append((probabilities.cpu(), confidence.is_strange(vectors, calibration)))
+    return Predictions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 
 def list_images(names: list[str]) -> list[str]:
@@ -100,7 +107,7 @@ def answer(
     """What each picture shows: `image` with `prediction` and `probabilities`, or with `error`."""
     read = [image for image in images if not isinstance(image, UserError)]
     stacked = np.stack(read) if read else np.empty((0, 28, 28), dtype=np.uint8)
-    rows = iter(predict(model, stacked, checkpoint["normalization"]))
+    rows = iter(predict(model, stacked, checkpoint).probabilities)
     class_names, answers = checkpoint["class_names"], []
     for name, image in zip(names, images, strict=True):
         if isinstance(image, UserError):

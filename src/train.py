@@ -18,12 +18,13 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import cli
+import confidence
 import distributed
 import figures
 import optim
 import resume
 from augment import Augment
-from checkpoint import MAX_WEIGHT, load_checkpoint, save_checkpoint, versions
+from checkpoint import MAX_WEIGHT, load_checkpoint, read_checkpoint, save_checkpoint, versions
 from cli import Stopped, StopSignals, UserError
 from distributed import ALONE, World
 from files import check_writable, held, uninterrupted, write_json, write_text
@@ -734,6 +735,10 @@ def train(
 
     # ---------------------------------------------------------------------------------- report
     best_model = world.share(load_checkpoint(best_path)[0] if world.leads else None).to(device)
+    if world.leads:
+        calibration = confidence.fit(best_model, train_loader.split, val_loader)
+        with uninterrupted():
+            save_checkpoint(best_path, {**read_checkpoint(best_path), "calibration": calibration})
     test_loss, test_acc, test_top5 = evaluate(best_model, test_loader, criterion, device, world)
     history["test"] = {
         "loss": test_loss,

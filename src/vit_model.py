@@ -233,6 +233,10 @@ class ViT(nn.Module):
         x = self.embed(x)  # (B, T, D)
         for block in self.blocks:
             x = block(x)
+        return self.pooled(x)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the head reads of the last block's tokens: (B, T, D) -> (B, D)."""
         return self.norm(x[:, 0]) if self.pool == "cls" else self.norm(x).mean(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:

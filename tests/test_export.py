@@ -124,7 +124,7 @@ def test_a_file_gives_the_classes_that_python_gives(exported, checkpoint, flags)
     model, about = load_checkpoint(checkpoint)
     test = load_digits().test
     pixels, labels = test.images[:, 0].numpy(), test.labels.numpy()
-    expected = predict.predict(model, pixels, about["normalization"])
+    expected = predict.predict(model, pixels, about).probabilities
     images = images_for(flags, pixels, about["normalization"])
     if flags in PROGRAMS:
         run = torch.export.load(result.path).module()
@@ -154,7 +154,7 @@ def test_int8_and_raw_input_on_all_of_mnists_test_images(tmp_path):
     test = load_mnist(MNIST).test
     pixels, labels = test.images[:, 0].numpy(), test.labels.numpy()
     expected = np.concatenate(
-        [predict.predict(model, part, about["normalization"]) for part in np.split(pixels, 20)]
+        [predict.predict(model, part, about).probabilities for part in np.split(pixels, 20)]
     ).argmax(1)
     for flags, loss, different in (("", 0, 0), ("--quantize int8", 0.1, 30)):
         exporting = export.export(
@@ -190,7 +190,7 @@ np.save("outputs.npy", run(pixels).detach().numpy())
 """
     subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True)
     model, about = load_checkpoint(checkpoint)
-    expected = predict.predict(model, pixels, about["normalization"])
+    expected = predict.predict(model, pixels, about).probabilities
     assert np.allclose(np.load(tmp_path / "outputs.npy"), expected, atol=1e-6)
 
 
@@ -205,7 +205,7 @@ def test_the_readme_shows_how_to_run_a_raw_input_file(exported, checkpoint, tmp_
     command = [sys.executable, "-I", "-c", snippet]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     model, about = load_checkpoint(checkpoint)
-    (expected,) = predict.predict(model, image, about["normalization"])
+    (expected,) = predict.predict(model, image, about).probabilities
     assert done.stdout == f"{expected.argmax()}: {100 * expected.max():.1f} %\n"
 
 

@@ -13,6 +13,7 @@ from conftest import assert_one_error_line
 from PIL import Image, ImageOps
 
 import inference
+from confidence import NONE
 from digit_image import MAX_SIDE
 from predict import BATCH_SIZE, predict
 from utils import load_digits
@@ -73,14 +74,15 @@ def test_batches_give_what_one_image_at_a_time_gives(test_images):
     model = ViT(depth=1, embed_dim=16).eval()
     images = np.concatenate([test_images[0], test_images[0]])[: BATCH_SIZE + 3]
     shapes = []
-    model.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
-    normalization = {"mean": 0.1307, "std": 0.3081}
-    together = predict(model, images, normalization)
+    model.head.register_forward_pre_hook(lambda _, inputs: shapes.append(len(inputs[0])))
+    checkpoint = {"normalization": {"mean": 0.1307, "std": 0.3081}, "calibration": NONE}
+    together, strange = predict(model, images, checkpoint)
     assert shapes == [BATCH_SIZE, 3] and together.shape == (BATCH_SIZE + 3, 10)
+    assert strange.shape == (BATCH_SIZE + 3,) and not strange.any()
     pixels = (torch.from_numpy(images[-1]).float() / 255 - 0.1307) / 0.3081
     alone = model(pixels[None, None]).softmax(dim=1).detach().numpy()
     assert together[-1] == pytest.approx(alone[0], abs=1e-5)
-    assert predict(model, images[:0], normalization).shape == (0, 10)
+    assert predict(model, images[:0], checkpoint).probabilities.shape == (0, 10)
 
 
 @pytest.fixture
