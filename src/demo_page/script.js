@@ -168,58 +168,65 @@ function ranking({ probabilities }) {
 
 function showAnswer(answer, final, since) {
   digits = answer.digits;
-  element("digit").replaceChildren(...digits.map(({ prediction, may_be_no_digit: strange }, i) => {
-    const button = document.createElement("button");
-    Object.assign(button, { type: "button", textContent: prediction, disabled: digits.length === 1 });
-    Object.assign(button, { ariaLabel: `${prediction}, digit ${i + 1} of ${digits.length}`, onclick: () => select(i) });
-    button.classList.toggle("strange", strange);
-    return button;
-  }));
-  showBoxes(answer.size);
+  element("digit").replaceChildren(...digits.map(digitButton));
+  // On the pad a drawing's only digit needs no frame, and a picture that isn't shown has no place for one.
+  const framed = upload ? upload.image : digits.length > 1;
+  element("boxes").replaceChildren(...(framed ? digits.map((digit, i) => frame(digit, i, answer.size)) : []));
+  element("boxes").className = upload ? "clickable" : "";
   select(Math.min(selected, digits.length - 1));
   element("took").textContent = "";
   if (!final) return;
-  const all = digits.map((digit) => ranking(digit)[0] + (digit.may_be_no_digit ? ", which may be no digit" : ""));
   const number = digits.length > 1 ? `${digits.map((digit) => digit.prediction).join("")}: ` : "";
-  element("status").textContent = `This looks like ${number}${all.join("; ")}.`;
+  const each = digits.map((digit) => ranking(digit)[0] + (digit.may_be_no_digit ? ", which may be no digit" : ""));
+  element("status").textContent = `This looks like ${number}${each.join("; ")}.`;
   requestAnimationFrame(() => setTimeout(() => { // once it is painted
     const { duration } = performance.measure("answer", { start: since });
     element("took").textContent = `answered in ${Math.round(duration)} ms`;
   }));
 }
 
-/** Frame the digits on the pad, where they stand in a picture of [width, height]. */
-function showBoxes([width, height]) {
-  const side = upload ? Math.max(width, height) : SENT_SIDE - 2 * MARGIN; // what of the picture is as long as the pad
+function digitButton({ prediction, may_be_no_digit: strange }, i) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = prediction;
+  button.ariaLabel = `${prediction}, digit ${i + 1} of ${digits.length}`;
+  button.className = strange ? "strange" : "";
+  button.disabled = digits.length === 1;
+  button.onclick = () => select(i);
+  return button;
+}
+
+/** A frame around a digit on the pad, of a picture of [width, height] that was sent. */
+function frame({ box: [left, top, right, bottom], may_be_no_digit: strange }, i, [width, height]) {
+  const side = upload ? Math.max(width, height) : SENT_SIDE - 2 * MARGIN; // as much of it as the pad shows
   const share = (length) => `${100 * length / side}%`;
-  const framed = (upload ? upload.image : digits.length > 1) ? digits : []; // a drawing's only digit is plain to see
-  element("boxes").className = upload ? "clickable" : "";
-  element("boxes").replaceChildren(...framed.map(({ box: [left, top, right, bottom], may_be_no_digit: strange }, i) => {
-    const frame = document.createElement("i");
-    frame.style.left = share(left + (side - width) / 2);
-    frame.style.top = share(top + (side - height) / 2);
-    frame.style.width = share(right - left);
-    frame.style.height = share(bottom - top);
-    frame.classList.toggle("strange", strange);
-    frame.onclick = () => select(i);
-    return frame;
-  }));
+  const line = document.createElement("i");
+  line.style.left = share(left + (side - width) / 2);
+  line.style.top = share(top + (side - height) / 2);
+  line.style.width = share(right - left);
+  line.style.height = share(bottom - top);
+  line.className = strange ? "strange" : "";
+  line.onclick = () => select(i);
+  return line;
 }
 
 /** Show all about one of the digits. */
 function select(i) {
   selected = i;
-  const digit = digits[i];
   for (const id of ["digit", "boxes"]) {
     [...element(id).children].forEach((child, j) => { child.ariaCurrent = i === j; });
   }
-  const which = digits.length > 1 ? `Digit ${i + 1} of ${digits.length}` : "";
-  const [best, second] = ranking(digit);
-  if (digit.may_be_no_digit) say(`${which || "This"} may be no digit`, `most like ${best}`, "strange");
-  else say(`${which ? `${which}: probability` : "Probability"} ${percent(Math.max(...digit.probabilities))}`, `next: ${second}`, "");
-  showBars(digit.probabilities);
-  showImage(digit);
-  showAttention(digit);
+  const [best, second] = ranking(digits[i]);
+  const several = digits.length > 1 && `Digit ${i + 1} of ${digits.length}`;
+  if (digits[i].may_be_no_digit) {
+    say(`${several || "This"} may be no digit`, `most like ${best}`, "strange");
+  } else {
+    const next = second.endsWith(" 0.0 %") ? "" : `next: ${second}`;
+    say(several ? `${several}: ${best}` : `Probability ${percent(Math.max(...digits[i].probabilities))}`, next, "");
+  }
+  showBars(digits[i].probabilities);
+  showImage(digits[i]);
+  showAttention(digits[i]);
 }
 
 function showBars(probabilities) {
