@@ -102,6 +102,8 @@ def test_a_file_tells_how_to_use_it_and_not_where_it_was_made(exported, checkpoi
     assert metadata["input"].startswith(f"{'uint8' if raw else 'float32'} (batch, 1, 28, 28)")
     assert ("mean" in metadata["input"]) != raw
     assert metadata["output"].startswith("probabilities" if raw else "logits")
+    temperature = load_checkpoint(checkpoint)[1]["calibration"]["temperature"]
+    assert float(metadata["temperature"]) == temperature != 1
     kind = {"--half": "fp16", "int8": "int8"}
     assert metadata["precision"] == next((kind[word] for word in kind if word in flags), "fp32")
     assert str(ROOT).encode() not in path.read_bytes()
@@ -119,11 +121,11 @@ def test_fp16_halves_the_weights_and_int8_quarters_them(exported):
 
 @pytest.mark.parametrize("flags", [*ONNX, *PROGRAMS])
 def test_a_file_gives_the_classes_that_python_gives(exported, checkpoint, flags):
-    """On the digits' whole test set; what is printed agrees."""
+    """On all of the digits' validation images; what is printed agrees."""
     result = exported(flags)
     model, about = load_checkpoint(checkpoint)
-    test = load_digits().test
-    pixels, labels = test.images[:, 0].numpy(), test.labels.numpy()
+    val = load_digits().val
+    pixels, labels = val.images[:, 0].numpy(), val.labels.numpy()
     expected = predict.predict(model, pixels, about).probabilities
     images = images_for(flags, pixels, about["normalization"])
     if flags in PROGRAMS:
@@ -138,9 +140,9 @@ def test_a_file_gives_the_classes_that_python_gives(exported, checkpoint, flags)
     before, after = (100 * (o.argmax(1) == labels).mean() for o in (expected, outputs))
     size = f"{result.path.stat().st_size / 1e6:.2f} MB"
     assert re.search(rf"^size +\S+ MB +{size}$", result.printed, re.M)
-    assert re.search(rf"^test accuracy +{before:.2f} % +{after:.2f} %$", result.printed, re.M)
+    assert re.search(rf"^validation accuracy +{before:.2f} % +{after:.2f} %$", result.printed, re.M)
     assert re.search(r"^latency, one image +[\d.]+ ms +[\d.]+ ms$", result.printed, re.M)
-    assert f"same class as PyTorch: {same} of 180 test images" in result.printed
+    assert f"same class as PyTorch: {same} of 180 validation images" in result.printed
     if "int8" not in flags:
         difference = float(re.search(r"batches of 1, 7 and 128: (\S+)", result.printed)[1])
         assert difference <= (0.05 if "--half" in flags else 1e-4)
@@ -225,8 +227,8 @@ def test_any_checkpoint_is_exported_without_its_data_set(run, tmp_path, offline,
     flags = f"--mode onnx {flags} --checkpoint published.pt".split()
     result = run(inference.main, *flags)
     assert result.status == 0, result.err
-    assert result.err.startswith("note: the test accuracy is not measured: ")
-    assert "latency" in result.out and "test accuracy" not in result.out
+    assert result.err.startswith("note: the validation accuracy is not measured: ")
+    assert "latency" in result.out and "accuracy" not in result.out
     (path,) = (tmp_path / "outputs").iterdir()
     assert f"Written: outputs/{path.name}" in result.out
 
@@ -265,7 +267,7 @@ def test_int8_without_training_images_ends_in_one_line(run, tmp_path, checkpoint
     ("flags", "name", "limit", "words"),
     [
         ("", "TOLERANCE", {"fp32": 0.0}, "fp32 differs"),
-        ("--quantize int8", "MAX_LOSS", -100.0, "int8 test accuracy"),
+        ("--quantize int8", "MAX_LOSS", -100.0, "int8 validation accuracy"),
     ],
 )
 def test_a_file_that_does_worse_is_not_written(

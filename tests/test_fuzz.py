@@ -90,6 +90,7 @@ def check_loader(folder: Path, content: bytes) -> str | None:
             assert logits.shape == (2, config["num_classes"]) == (2, len(checkpoint["class_names"]))
             assert checkpoint["normalization"]["std"] > 0
             assert 0 <= checkpoint["settings"]["label_smoothing"] <= 1
+            assert 0 < checkpoint["calibration"]["temperature"] < 1000
             assert len(str({k: checkpoint[k] for k in ("epoch", "dataset", "class_names")})) < 10**6
             assert all(map(str.isprintable, [checkpoint["dataset"], *checkpoint["class_names"]]))
             assert all(p.isfinite().all() for p in model.state_dict().values())
@@ -152,6 +153,26 @@ def test_predict_with_other_structures(whole, run, tmp_path, plan):
         ("normalization/std", float("nan")),
         ("normalization/mean", 1e300),
         ("settings/label_smoothing", 5.0),
+        ("calibration", None),
+        ("calibration", {}),
+        ("calibration", ("ODD", "laughs")),
+        ("calibration/temperature", 0.0),
+        ("calibration/temperature", -1.0),
+        ("calibration/temperature", float("nan")),
+        ("calibration/temperature", float("inf")),
+        ("calibration/temperature", ("ODD", "10**400")),
+        ("calibration/threshold", float("nan")),
+        ("calibration/threshold", float("inf")),
+        ("calibration/threshold", None),
+        ("calibration/whitening", ("TENSORS", "nan")),
+        ("calibration/whitening", ("TENSORS", "claims to be huge")),
+        ("calibration/whitening", ("TENSORS", "complex")),
+        ("calibration/whitening", None),
+        ("calibration/centres", ("TENSORS", "claims to be huge")),
+        ("calibration/centres", ("TENSORS", "sparse")),
+        ("calibration/centres", ("TENSORS", "meta")),
+        ("calibration/centres", torch.zeros(2, 0, 8)),
+        ("calibration/centres", torch.zeros(2, 11, 8)),
         ("model_config/num_heads", -2),
         ("model_config/num_heads", 2.0),
         ("model_config/embed_dim", ("ODD", "long text")),
