@@ -34,7 +34,7 @@ FAINT_IN_PHOTO = 0.4  # the same, where shadows and grain are left
 LEAST_GRAIN = 0.004  # standard deviation of a photo's paper; a drawing's is 0
 EVEN = 0.05  # a border whose pixels differ by less than this is a drawing's, or a scan's
 THINNEST_STROKE = 0.08  # of the digit's longer side
-WIDE = 1.0  # of its height: a wider piece may be several digits
+CORE_LEVELS = 0.35, 0.5, 0.65  # of a piece's strongest ink; digits that touch may part there
 WIDEST_STROKE = 0.3  # of the picture's longer side; what is wider and dark is a shadow
 
 
@@ -278,7 +278,7 @@ def _find_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool)
     if single:
         groups = [np.flatnonzero(_one_digit(boxes, mass, inner, main))]
     else:
-        usable = np.flatnonzero(inner & (strength > 0.7 * strength[main]))
+        usable = np.flatnonzero(inner & ((strength > 0.7 * strength[main]) | (not photo)))
         groups = [usable[group] for group in group_pieces(boxes[usable], mass[usable])]
     digit = np.zeros(len(numbers) + 1, dtype=int)
     for i, group in enumerate(groups, start=1):
@@ -287,34 +287,35 @@ def _find_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool)
 
 
 def _separate(ink: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """Part wide pieces whose halves are joined by fainter ink alone, as small print is."""
+    """Part wide pieces that fainter ink alone holds together, such as the digits of small print."""
     pieces, count = pieces.copy(), pieces.max()
     found = ndimage.find_objects(pieces)
     tallest = max(rows.stop - rows.start for rows, _ in found)
     for i, (rows, columns) in enumerate(found, start=1):
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        if width < WIDE * height or height < 0.4 * tallest:
+        if width < height or height < max(6, 0.4 * tallest):  # a row of digits is wide
             continue
         piece = pieces[rows, columns]
         own = np.where(piece == i, ink[rows, columns], 0)
-        best, best_count = None, 1
-        for level in (0.35, 0.5, 0.65, 0.8):
-            parts, _ = ndimage.label(own > level * own.max(), structure=np.ones((3, 3)))
-            tall = [
-                j for j, (y, _) in enumerate(ndimage.find_objects(parts), start=1)
-                if y.stop - y.start >= 0.6 * height
-            ]
-            if len(tall) > best_count:
-                best, best_count = np.where(np.isin(parts, tall), parts, 0), len(tall)
-        if best is not None:
-            nearest = ndimage.distance_transform_edt(
-                best == 0, return_distances=False, return_indices=True
-            )
-            numbers = np.zeros(best.max() + 1, dtype=pieces.dtype)
-            numbers[np.unique(best)[1:]] = [i, *range(count + 1, count + best_count)]
-            count += best_count - 1
-            piece[piece == i] = numbers[best[tuple(nearest)]][piece == i]
+        cores = max((_cores(own, level) for level in CORE_LEVELS), key=np.max)
+        extra = cores.max() - 1
+        if extra > 0:
+            _, nearest = ndimage.distance_transform_edt(cores == 0, return_indices=True)
+            numbers = np.array([0, i, *range(count + 1, count + extra + 1)])
+            piece[piece == i] = numbers[cores[tuple(nearest)]][piece == i]
+            count += extra
     return pieces
+
+
+def _cores(ink: np.ndarray, level: float) -> np.ndarray:
+    """The parts of a piece that are strong and lie side by side, each almost as high, (H, W)."""
+    parts, _ = ndimage.label(ink > level * ink.max(), structure=np.ones((3, 3)))
+    found = ndimage.find_objects(parts)
+    high = [rows.stop - rows.start >= 0.6 * len(ink) for rows, _ in found]
+    widths = sum(columns.stop - columns.start for (_, columns), ok in zip(found, high) if ok)
+    if widths > 1.15 * ink.shape[1]:  # one over the other: the halves of a 0 that lies
+        return np.zeros_like(parts)
+    return np.concatenate(([0], np.cumsum(high) * high))[parts]
 
 
 def _one_digit(boxes: np.ndarray, mass: np.ndarray, inner: np.ndarray, main: int) -> np.ndarray:

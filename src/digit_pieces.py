@@ -14,7 +14,7 @@ TALL = 0.8  # of the height of two pieces side by side: if both are, they are tw
 DOT = 0.45  # of a digit's height
 NEAR = 0.04  # of a digit's height: so far apart are the ends of a broken stroke
 STACK_GAP, STACK_HEIGHT = 0.3, 1.5  # of a digit's height, for one piece above another
-BAR = 0.35  # of a digit's height: a piece that is lower, and wider than high
+BAR, BAR_GAP = 0.3, 0.2  # of a digit's height: a 5's bar is so wide, so far from the rest at most
 OPEN_GAP, OPEN_STEM = 0.27, 0.45  # of a digit's height: between the strokes of a 4; its stem's width
 
 
@@ -44,9 +44,10 @@ def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
 
 
 def _typical_height(boxes: np.ndarray, mass: np.ndarray) -> float:
-    heights = boxes[:, 3] - boxes[:, 1]
-    order = np.argsort(heights)
-    return float(heights[order][np.searchsorted(np.cumsum(mass[order]), mass.sum() / 2)])
+    """The median of the ink's longer sides: a broken stroke's pieces may all be low."""
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    order = np.argsort(sides)
+    return float(sides[order][np.searchsorted(np.cumsum(mass[order]), mass.sum() / 2)])
 
 
 def _hull(boxes: np.ndarray) -> np.ndarray:
@@ -86,14 +87,17 @@ def _are_one(boxes: np.ndarray, height: float) -> np.ndarray:
     fits = union[..., 0] <= 1.2 * np.maximum(height, taller)
 
     inside = (shared > 0.6).all(axis=2)
-    broken = (gap <= NEAR * height).all(axis=2)
+    fragments = taller < TALL * union[..., 1]  # neither is as high as both
+    broken = (gap <= np.where(fragments, 3, 1)[..., None] * NEAR * height).all(axis=2)
     # Not a colon's dots: at least one of the two is a stroke.
     stroke = np.maximum(size_a, size_b).max(axis=2) > DOT * height
     stacked = stroke & (shared[..., 0] > 0.4) & (shared[..., 1] < 0.5) & (gap[..., 1] <= STACK_GAP * height)
     stacked &= (union[..., 1] <= STACK_HEIGHT * height) | (gap[..., 1] <= 3 * NEAR * height)
-    is_bar = (size_b[..., 1] < BAR * height) & (size_b[..., 0] > size_b[..., 1])
-    bar_of_five = is_bar & (gap[..., 0] <= STACK_GAP * height)
-    bar_of_five &= np.abs(b[..., 1] - a[..., 1]) <= 0.2 * height
+    bar_of_five = (
+        (gap <= BAR_GAP * height).all(axis=2)
+        & (size_b[..., 0] > np.maximum(size_b[..., 1], BAR * height))
+        & (b[..., 3] <= (a[..., 1] + a[..., 3]) / 2)
+    )
     unit = union[..., 1]
     open_four = (
         (gap[..., 0] <= OPEN_GAP * unit)
