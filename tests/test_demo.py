@@ -567,8 +567,11 @@ def test_a_frame_lies_over_its_digit_in_a_picture_and_a_click_selects_it(page, t
     find(page, "#file").send_keys(str(tmp_path / "number.png"))
     wait_for(page, lambda: text(page, "#digit") == "71")
     pad, frame = find(page, "#pad").rect, find(page, "#boxes i:last-child")
-    middle = frame.rect["x"] + frame.rect["width"] / 2 - pad["x"]
-    assert middle / pad["width"] == pytest.approx(345 / 480, abs=0.01)
+    middle = [
+        (frame.rect[start] + frame.rect[length] / 2 - pad[start]) / pad["width"]
+        for start, length in (("x", "width"), ("y", "height"))
+    ]
+    assert middle == pytest.approx([345 / 480, (100 + 140) / 480], abs=0.01)
     assert frame.rect["height"] / pad["height"] == pytest.approx(200 / 480, abs=0.04)
     frame.click()
     assert text(page, "#words").startswith("Digit 2 of 2")
