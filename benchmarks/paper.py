@@ -2,7 +2,8 @@
 
 Each kind of disturbance is a row of `KINDS`. A picture is made as a photo comes about: a sheet,
 perhaps with lines, is written on, lies in some light, is seen at a tilt, blurred and noisy, and
-saved as a file. Sizes, places, colours and strengths are drawn anew for each picture.
+saved as a file. Sizes, places, colours and strengths are drawn anew for each picture. Each shows
+one digit, and is read as one (`--single` of src/inference.py).
 """
 
 import io

@@ -6,18 +6,23 @@ A picture counts as right if all its digits are read rightly and in order, and n
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import report  # first: it finds src
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import cli
 from checkpoint import find_checkpoint, load_checkpoint
+from cli import UserError
+from digit_image import read_digits
+from predict import answer
 from utils import load_dataset
+from vit_model import ViT
 
 PRINTED = (
     "82 007 -7 10:45 42 2025 3.14 1,299 0 19.99 24.12.2025 2025-12-24 555-0199 030-123456 08:30 "
@@ -35,9 +40,7 @@ FONTS = {  # None: Pillow's own; the others come with matplotlib
     "Mono bold": "DejaVuSansMono-Bold",
 }
 SIZES = (16, 32, 64, 120)  # pixels an em
-DRAWN = (
-    "42 4 17 4 90 4 305 4 2025 88 61 57 64 123 44 450 7 5 958 1066 39 72 246 814"
-).split()
+DRAWN = ("42 4 17 4 90 4 305 4 2025 88 61 57 64 123 44 450 7 5 958 1066 39 72 246 814").split()
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,6 @@ class Picture:
 
     text: str  # its digits
     pixels: np.ndarray  # uint8 (H, W)
-    kind: str
 
     def file(self) -> io.BytesIO:
         """As a PNG file."""
@@ -70,7 +72,7 @@ def printed(texts: list[str], font: str, size: int) -> Iterator[Picture]:
         image = Image.new("L", (right - left + 2 * size, bottom - top + 2 * size), 255)
         ImageDraw.Draw(image).text((size - left, size - top), text, fill=0, font=letters)
         digits = "".join(filter(str.isdigit, text))
-        yield Picture(digits, np.asarray(image), f"printed, {font}")
+        yield Picture(digits, np.asarray(image))
 
 
 # ------------------------------------------------------------------------------------------ drawn
@@ -121,7 +123,7 @@ def drawn(texts: list[str], generator: np.random.Generator) -> Iterator[Picture]
             strokes = [size * stroke for stroke in strokes]
             points = np.concatenate(strokes)
             x -= points[:, 0].min()
-            lines += [stroke + (x, y) for stroke in strokes]
+            lines += [stroke + np.array((x, y)) for stroke in strokes]
             x += points[:, 0].max() + width + height * generator.uniform(0.1, 0.5)
         frame = round(x + height), round(3.2 * height + abs(climb) * x)
         image = Image.new("L", frame, 255)
@@ -131,7 +133,7 @@ def drawn(texts: list[str], generator: np.random.Generator) -> Iterator[Picture]
             pen.line([tuple(point) for point in line], 0, round(width), joint="curve")
             for px, py in (line[0], line[-1]):  # round ends
                 pen.circle((px, py), width / 2, fill=0)
-        yield Picture(text, np.asarray(image), "drawn")
+        yield Picture(text, np.asarray(image))
 
 
 def _strokes(digit, alone, slant, generator) -> list[np.ndarray]:
@@ -175,7 +177,6 @@ def rows(
         for digit in digits[chosen]:
             side = round(28 * generator.uniform(0.8, 1.2))
             block = np.asarray(Image.fromarray(digit).resize((side, side)))
-            block = block[:, np.flatnonzero(block.max(axis=0) > 40)[[0, -1]].sum() // 2 * 0 :]
             inked = np.flatnonzero(block.max(axis=0) > 40)
             block = block[:, inked[0] : inked[-1] + 1]
             top = round((42 - side) / 2) + int(generator.integers(-2, 3))
@@ -190,4 +191,67 @@ def rows(
                 Image.Resampling.BICUBIC,
             )
         text = "".join(map(str, labels[chosen]))
-        yield Picture(text, np.asarray(picture), "row of MNIST")
+        yield Picture(text, np.asarray(picture))
+
+
+# -------------------------------------------------------------------------------- the benchmark
+
+
+def read_all(
+    pictures: list[Picture], model: ViT, checkpoint: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """What is read in each picture, and its digits."""
+    readings = []
+    for picture in pictures:
+        try:
+            readings.append(read_digits(picture.file(), picture.text))
+        except UserError as error:
+            readings.append(error)
+    texts = [picture.text for picture in pictures]
+    answers = answer(model, checkpoint, texts, readings)
+    return [row.get("prediction", "") for row in answers], texts
+
+
+def main() -> None:
+    parser = cli.Parser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint", help="trained model; None: as in src/inference.py, else the pretrained one"
+    )
+    parser.add_argument("--rows", default=500, type=cli.integer(1, 10_000), help="of MNIST digits")
+    parser.add_argument("--drawn", default=10, type=cli.integer(1, 1000), help="times each number")
+    parser.add_argument("--split", default="test", choices=["val", "test"], help="whose digits")
+    parser.add_argument("--seed", default=0, type=cli.integer(0), help="of all that is drawn")
+    cli.add_data_dir(parser)
+    cli.add_device(parser)
+    report.add_record(parser)
+    args = parser.parse_args()
+    device = cli.choose_device(args.device)
+    model, checkpoint = load_checkpoint(find_checkpoint(args.checkpoint))
+    model = model.to(device)
+    split = getattr(load_dataset("mnist", args.data_dir), args.split)
+    digits, labels = split.images[:, 0].numpy(), split.labels.numpy()
+
+    generator = np.random.default_rng(args.seed)
+    kinds = {f"printed, {font}": [] for font in FONTS}
+    for font, size in product(FONTS, SIZES):
+        kinds[f"printed, {font}"] += printed(PRINTED, font, size)
+    kinds["drawn"] = list(drawn(DRAWN * args.drawn, generator))
+    kinds["rows of MNIST's digits"] = list(rows(digits, labels, args.rows, generator))
+    table = []
+    for kind, pictures in tqdm(kinds.items(), desc="kinds", disable=None):
+        read, true = read_all(pictures, model, checkpoint)
+        pairs = list(zip(read, true, strict=True))
+        right = 100 * np.mean([a == b for a, b in pairs])
+        found = 100 * np.mean([len(a) == len(b) for a, b in pairs])
+        table.append([kind, str(len(pictures)), f"{right:.1f} %", f"{found:.1f} %"])
+    report.publish(
+        f"Several digits: rows of MNIST's {args.split} split, printed and drawn numbers",
+        ["kind of picture", "pictures", "all digits right", "as many digits as there are"],
+        table,
+        device=device,
+        record=args.record,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

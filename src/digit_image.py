@@ -50,7 +50,9 @@ class Digit:
 class Reading:
     """What was found in a picture."""
 
-    digits: tuple[Digit, ...]  # at least one, as they are written: lines from the top, each from left
+    digits: tuple[
+        Digit, ...
+    ]  # at least one, as they are written: lines from the top, each from left
     size: tuple[int, int]  # width, height of the picture, upright, in pixels
 
 
@@ -106,9 +108,7 @@ def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.nda
 # ------------------------------------------------------------------------------------ the picture
 
 
-def _read_picture(
-    source: str | Path | BinaryIO, what: str
-) -> tuple[np.ndarray, tuple[int, int]]:
+def _read_picture(source: str | Path | BinaryIO, what: str) -> tuple[np.ndarray, tuple[int, int]]:
     """The picture as it is seen, turned upright, laid on paper, at most WORKING_SIDE; its own size.
 
     The size, width and height, is the one before it was shrunk.
@@ -276,7 +276,7 @@ def _find_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool)
     main = np.where(inner & large if (inner & large).any() else True, mass, 0).argmax()
     inner[main] = True
     if single:
-        groups = [np.flatnonzero(_one_digit(boxes, mass, inner, main))]
+        groups = [np.flatnonzero(_one_digit(boxes, mass, inner, main, photo))]
     else:
         usable = np.flatnonzero(inner & ((strength > 0.7 * strength[main]) | (not photo)))
         groups = [usable[group] for group in group_pieces(boxes[usable], mass[usable])]
@@ -312,21 +312,28 @@ def _cores(ink: np.ndarray, level: float) -> np.ndarray:
     parts, _ = ndimage.label(ink > level * ink.max(), structure=np.ones((3, 3)))
     found = ndimage.find_objects(parts)
     high = [rows.stop - rows.start >= 0.6 * len(ink) for rows, _ in found]
-    widths = sum(columns.stop - columns.start for (_, columns), ok in zip(found, high) if ok)
+    widths = sum(
+        columns.stop - columns.start for (_, columns), ok in zip(found, high, strict=True) if ok
+    )
     if widths > 1.15 * ink.shape[1]:  # one over the other: the halves of a 0 that lies
         return np.zeros_like(parts)
     return np.concatenate(([0], np.cumsum(high) * high))[parts]
 
 
-def _one_digit(boxes: np.ndarray, mass: np.ndarray, inner: np.ndarray, main: int) -> np.ndarray:
-    """Which pieces make up the only digit, bool (n,): the largest, and what is near."""
+def _one_digit(
+    boxes: np.ndarray, mass: np.ndarray, inner: np.ndarray, main: int, photo: bool
+) -> np.ndarray:
+    """Which pieces make up the only digit, bool (n,): the largest, what is near or, drawn, long."""
     parts = np.arange(len(boxes)) == main
     start, stop = boxes[:, :2], boxes[:, 2:]
+    length = (stop - start).max(axis=1)
     while True:  # a broken stroke's pieces join the box one after the other
         top_left, bottom_right = start[parts].min(axis=0), stop[parts].max(axis=0)
         size = (bottom_right - top_left).max()
         gap = np.maximum(start - bottom_right, top_left - stop).max(axis=1)
         near = inner & (gap < 0.2 * size) & (mass > 0.02 * mass[main])
+        if not photo:
+            near |= length > 0.3 * length[main]
         if not (near & ~parts).any():
             return parts
         parts |= near

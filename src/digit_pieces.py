@@ -1,8 +1,7 @@
 """Sorts pieces of ink, connected strokes, into digits: which belong together, in which order.
 
-Boxes are integers (n, 4) in pixels: left, top, right, bottom, the last two beyond the ink. Lengths
-are told in the height of a digit, which is the median of the ink's: half of it is in pieces at
-least as high.
+Boxes (n, 4) are in pixels: left, top, right, bottom, the last two beyond the ink. Lengths are told
+in a digit's height, which is taken to be the median of the pieces' longer sides, weighted by ink.
 """
 
 import numpy as np
@@ -11,11 +10,12 @@ MOST_PIECES = 400  # that are looked at, the heaviest first; a page of digits ha
 SPECK = 0.3  # of a digit's height: what is smaller joins a digit or is left out
 LEAST_HEIGHT, LEAST_SIDE = 0.4, 0.5  # of a digit's height; less are marks: a minus, a comma
 TALL = 0.8  # of the height of two pieces side by side: if both are, they are two digits
-DOT = 0.45  # of a digit's height
+DOT = 0.45  # of a digit's height: pieces no longer than this are not joined to each other
 NEAR = 0.04  # of a digit's height: so far apart are the ends of a broken stroke
-STACK_GAP, STACK_HEIGHT = 0.3, 1.5  # of a digit's height, for one piece above another
+STACK_GAP = 0.2  # of a digit's height, between a piece and one above it; lines lie further apart
 BAR, BAR_GAP = 0.3, 0.2  # of a digit's height: a 5's bar is so wide, so far from the rest at most
-OPEN_GAP, OPEN_STEM = 0.27, 0.45  # of a digit's height: between the strokes of a 4; its stem's width
+OPEN_GAP = 0.27  # of a 4's height, between its two strokes
+OPEN_STEM = 0.45  # of a 4's height: the width of its upright stroke, which may slant
 
 
 def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
@@ -33,18 +33,19 @@ def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
     found = np.array([_hull(boxes[group]) for group in groups])
     sides = found[:, 2:] - found[:, :2]
     is_digit = (sides[:, 1] >= LEAST_HEIGHT * height) & (sides.max(axis=1) >= LEAST_SIDE * height)
+    if not is_digit.any():  # a stroke that lies, with nothing to compare it with
+        is_digit = sides.max(axis=1) >= LEAST_SIDE * height
     groups = [group for group, digit in zip(groups, is_digit, strict=True) if digit]
     found = found[is_digit]
-    for speck in np.setdiff1d(order, np.concatenate(groups))[: 10 * MOST_PIECES]:
-        if size[speck] < SPECK * height:
-            gap = _gaps(found, boxes[speck]).max(axis=1)
-            if gap.min() <= NEAR * height:
-                groups[gap.argmin()].append(speck)
+    for speck in order[size[order] < SPECK * height][: 10 * MOST_PIECES]:
+        gap = _gaps(found, boxes[speck]).max(axis=1)
+        if gap.min() <= NEAR * height:
+            groups[gap.argmin()].append(speck)
     return [np.array(groups[i]) for i in _reading_order(found)]
 
 
 def _typical_height(boxes: np.ndarray, mass: np.ndarray) -> float:
-    """The median of the ink's longer sides: a broken stroke's pieces may all be low."""
+    """The median longer side, not height: the pieces of a broken digit may all be low."""
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     order = np.argsort(sides)
     return float(sides[order][np.searchsorted(np.cumsum(mass[order]), mass.sum() / 2)])
@@ -62,39 +63,41 @@ def _gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _join(groups: list[list[int]], boxes: np.ndarray, height: float) -> list[list[int]]:
     """Join groups, the nearest first, until all that are left are digits and marks of their own."""
-    while len(groups) > 1:
-        distance = np.maximum(_gaps(boxes[:, None], boxes[None]), 0).max(axis=2) + 1
-        distance = np.where(_are_one(boxes, height), distance, np.inf)
+    distance = _distance(boxes[:, None], boxes[None], height)
+    np.fill_diagonal(distance, np.inf)
+    while distance.min() < np.inf:
         i, j = np.unravel_index(distance.argmin(), distance.shape)
-        if distance[i, j] == np.inf:
-            break
-        boxes[i] = _hull(boxes[[i, j]])
-        groups[i] += groups[j]
-        del groups[j]
-        boxes = np.delete(boxes, j, axis=0)
-    return groups
+        groups[i], groups[j] = groups[i] + groups[j], []
+        boxes[i], boxes[j] = _hull(boxes[[i, j]]), np.nan  # which is far from all
+        distance[j] = distance[:, j] = np.inf
+        distance[i], distance[:, i] = (
+            _distance(boxes[i], boxes, height),
+            _distance(boxes, boxes[i], height),
+        )
+        distance[i, i] = np.inf
+    return [group for group in groups if group]
 
 
-def _are_one(boxes: np.ndarray, height: float) -> np.ndarray:
-    """Whether the pieces i and j, of which i is the one further left, are one digit's, (n, n)."""
-    a, b = boxes[:, None], boxes[None]
+def _distance(a: np.ndarray, b: np.ndarray, height: float) -> np.ndarray:
+    """The blank between pieces if they are one digit's and `a` is further left, else infinity."""
+    gap = np.maximum(_gaps(a, b), 0).max(axis=-1)
+    return np.where(_are_one(a, b, height), gap, np.inf)
+
+
+def _are_one(a: np.ndarray, b: np.ndarray, height: float) -> np.ndarray:
+    """Whether two pieces, of which `a` is the one further left, are one digit's, (...)."""
     size_a, size_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
     gap = _gaps(a, b)
     union = np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])
     lower, taller = np.minimum(size_a, size_b)[..., 1], np.maximum(size_a, size_b)[..., 1]
-    side_by_side = (lower > TALL * union[..., 1])
     shared = -gap / np.minimum(size_a, size_b)
-    fits = union[..., 0] <= 1.2 * np.maximum(height, taller)
 
-    inside = (shared > 0.6).all(axis=2)
+    inside = (shared > 0.6).all(axis=-1)
     fragments = taller < TALL * union[..., 1]  # neither is as high as both
-    broken = (gap <= np.where(fragments, 3, 1)[..., None] * NEAR * height).all(axis=2)
-    # Not a colon's dots: at least one of the two is a stroke.
-    stroke = np.maximum(size_a, size_b).max(axis=2) > DOT * height
-    stacked = stroke & (shared[..., 0] > 0.4) & (shared[..., 1] < 0.5) & (gap[..., 1] <= STACK_GAP * height)
-    stacked &= (union[..., 1] <= STACK_HEIGHT * height) | (gap[..., 1] <= 3 * NEAR * height)
+    broken = (gap <= np.where(fragments, 3, 1)[..., None] * NEAR * height).all(axis=-1)
+    stacked = (shared[..., 0] > 0.4) & (shared[..., 1] < 0.5) & (gap[..., 1] <= STACK_GAP * height)
     bar_of_five = (
-        (gap <= BAR_GAP * height).all(axis=2)
+        (gap <= BAR_GAP * height).all(axis=-1)
         & (size_b[..., 0] > np.maximum(size_b[..., 1], BAR * height))
         & (b[..., 3] <= (a[..., 1] + a[..., 3]) / 2)
     )
@@ -108,8 +111,11 @@ def _are_one(boxes: np.ndarray, height: float) -> np.ndarray:
         & (a[..., 1] <= b[..., 1] + 0.3 * unit)
         & (shared[..., 1] > 0.1)
     )
-    one = inside | broken | stacked | bar_of_five | open_four
-    return one & ~side_by_side & fits & (a[..., 0] <= b[..., 0]) & ~np.eye(len(boxes), dtype=bool)
+    dots = np.maximum(size_a, size_b).max(axis=-1) <= DOT * height  # a colon's
+    one = inside | broken | open_four | ((stacked | bar_of_five) & ~dots)
+    two_digits = lower > TALL * union[..., 1]
+    fits = union[..., 0] <= 1.2 * np.maximum(height, taller)
+    return one & ~two_digits & fits & (a[..., 0] <= b[..., 0])
 
 
 def _reading_order(boxes: np.ndarray) -> list[int]:

@@ -276,9 +276,10 @@ def export_file(task: Task) -> None:
 
 
 def read_digits(task: Task) -> None:
-    """Print and write what digit each picture shows; those that can't be read are named."""
+    """Print and write what digits each picture shows; those that can't be read are named."""
     names = list_images(task.args.image)
-    answers = answer(task.model, task.checkpoint, names, read_images(names))
+    readings = read_images(names, task.args.single)
+    answers = answer(task.model, task.checkpoint, names, readings)
     about = {name: task.checkpoint[name] for name in ("dataset", "class_names")}
     result = {"checkpoint": task.args.checkpoint, **about, "images": answers}
     all_read = show(result, task.args.format)
@@ -334,6 +335,11 @@ def parse_args() -> argparse.Namespace:
         help="for predict: image files, folders (the images right in them), - for stdin",
     )
     parser.add_argument(
+        "--single",
+        action="store_true",
+        help="for predict: each image is known to hold one digit; its strokes may lie apart",
+    )
+    parser.add_argument(
         "--format",
         default="text",
         choices=list(FORMATS),
@@ -362,6 +368,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--mode predict and --image FILE go together: give both or neither")
     if args.mode != "predict" and args.format != "text":
         raise UserError(f"--format {args.format} is for --mode predict")
+    if args.single and args.mode != "predict":
+        raise UserError("--single is for --mode predict")
     args.output = Path(getattr(args, "output", MODES[args.mode].output))
     if args.mode in PICTURES:
         figures.check_format(args.output)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import confidence
 from cli import UserError
 from digit_image import FORMATS as PICTURES
-from digit_image import read_digit
+from digit_image import Reading, read_digits
 from vit_model import ViT
 
 BATCH_SIZE = 256
@@ -83,40 +83,62 @@ def _looks_like_image(path: Path) -> bool:
     return form in PICTURES and not path.name.startswith(".") and path.is_file()
 
 
-def read_images(names: list[str]) -> list[np.ndarray | UserError]:
-    """Each picture in MNIST's form, uint8 (28, 28), or why it could not be read."""
+def read_images(names: list[str], single: bool = False) -> list[Reading | UserError]:
+    """The digits of each picture, or why it could not be read.
+
+    Args:
+        single: each picture is known to hold one digit.
+    """
     results = []
     for name in tqdm(names, desc="reading", unit="image", leave=False, disable=None):
         try:
-            results.append(_read_stdin() if name == STDIN else read_digit(name))
+            source, shown = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
+            results.append(read_digits(source, shown, single=single))
         except UserError as error:
             results.append(error)
     return results
 
 
-def _read_stdin() -> np.ndarray:
+def _read_stdin() -> io.BytesIO:
     content = sys.stdin.buffer.read(MAX_STDIN + 1)
     if len(content) > MAX_STDIN:
         raise UserError(f"image on stdin is larger than {MAX_STDIN // 2**20} MB: scale it down")
-    return read_digit(io.BytesIO(content), "on stdin")
+    return io.BytesIO(content)
 
 
 def answer(
-    model: ViT, checkpoint: dict[str, Any], names: list[str], images: list[np.ndarray | UserError]
+    model: ViT, checkpoint: dict[str, Any], names: list[str], readings: list[Reading | UserError]
 ) -> list[dict[str, Any]]:
-    """What each picture shows: `image` with `prediction` and `probabilities`, or with `error`."""
-    read = [image for image in images if not isinstance(image, UserError)]
-    stacked = np.stack(read) if read else np.empty((0, 28, 28), dtype=np.uint8)
-    rows = iter(predict(model, stacked, checkpoint).probabilities)
+    """What each picture shows, by one call of `predict` for the digits of all.
+
+    Returns:
+        For each picture `image`, its name, with `error`, or with `prediction`, its digits as they
+        are written, `size`, its width and height in pixels, and `digits`: of each `prediction`,
+        `confidence`, `box` (left, top, right, bottom), `may_be_no_digit`, `probabilities`.
+    """
+    read = [reading for reading in readings if not isinstance(reading, UserError)]
+    pixels = [digit.pixels for reading in read for digit in reading.digits]
+    stacked = np.stack(pixels) if pixels else np.empty((0, 28, 28), dtype=np.uint8)
+    rows = zip(*predict(model, stacked, checkpoint), strict=True)
     class_names, answers = checkpoint["class_names"], []
-    for name, image in zip(names, images, strict=True):
-        if isinstance(image, UserError):
-            answers.append({"image": name, "error": " ".join(str(image).split())})
+    for name, reading in zip(names, readings, strict=True):
+        if isinstance(reading, UserError):
+            answers.append({"image": name, "error": " ".join(str(reading).split())})
             continue
-        row = next(rows)
-        probabilities = dict(zip(class_names, row.tolist(), strict=True))
-        prediction = class_names[int(row.argmax())]
-        answers.append({"image": name, "prediction": prediction, "probabilities": probabilities})
+        digits = []
+        for digit, (probabilities, strange) in zip(reading.digits, rows, strict=False):
+            digits.append(
+                {
+                    "prediction": class_names[int(probabilities.argmax())],
+                    "confidence": float(probabilities.max()),
+                    "box": list(digit.box),
+                    "may_be_no_digit": bool(strange),
+                    "probabilities": dict(zip(class_names, probabilities.tolist(), strict=True)),
+                }
+            )
+        prediction = "".join(digit["prediction"] for digit in digits)
+        about = {"image": name, "prediction": prediction, "size": list(reading.size)}
+        answers.append({**about, "digits": digits})
     return answers
 
 
@@ -124,13 +146,15 @@ def answer(
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """A line for each picture that was read."""
+    """A line for each picture that was read: `42.jpg: 42: 4 (99 %) 2 (98 %)`."""
     lines = []
     for row in result["images"]:
         if "error" not in row:
-            every = row["probabilities"].items()
-            shown = "  ".join(f"{name}: {100 * p:.1f} %" for name, p in every)
-            lines.append(f"{row['image']}: {row['prediction']}  ({shown})\n")
+            shown = []
+            for digit in row["digits"]:
+                note = " (may be no digit)" if digit["may_be_no_digit"] else ""
+                shown.append(f"{digit['prediction']} ({100 * digit['confidence']:.0f} %){note}")
+            lines.append(f"{row['image']}: {row['prediction']}: {' '.join(shown)}\n")
     return "".join(lines)
 
 
@@ -139,15 +163,21 @@ def as_json(result: dict[str, Any]) -> str:
 
 
 def as_csv(result: dict[str, Any]) -> str:
-    """A header, then a row for each picture: prediction and probabilities, or the error alone."""
+    """A header, then a row for each digit, counted from 1, or for a picture with an error."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     class_names = result["class_names"]
-    writer.writerow(["image", "prediction", *class_names, "error"])
+    place = ["left", "top", "right", "bottom"]
+    columns = ["image", "digit", "prediction", *place, "may_be_no_digit", *class_names, "error"]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
     for row in result["images"]:
-        every = row.get("probabilities", {})
-        cells = [f"{every[name]:.6f}" if every else "" for name in class_names]
-        writer.writerow([row["image"], row.get("prediction", ""), *cells, row.get("error", "")])
+        if "error" in row:
+            writer.writerow([row["image"], *[""] * (len(columns) - 2), row["error"]])
+        for i, digit in enumerate(row.get("digits", ()), start=1):
+            strange = str(digit["may_be_no_digit"]).lower()
+            cells = [f"{probability:.6f}" for probability in digit["probabilities"].values()]
+            known = [i, digit["prediction"], *digit["box"], strange, *cells]
+            writer.writerow([row["image"], *known, ""])
     return text.getvalue()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_one_error_line
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 import inference
 from confidence import NONE
@@ -59,9 +59,13 @@ def test_predict_reads_test_images_in_any_form(run, tmp_path, checkpoint, test_i
     written = written["images"]
     assert [row["image"] for row in written] == names
     for row in written:
-        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
-        assert row["prediction"] == max(row["probabilities"], key=row["probabilities"].get)
-        assert f"{row['image']}: {row['prediction']}  (0: " in result.out
+        for digit in row["digits"]:
+            probabilities = digit["probabilities"]
+            assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+            assert digit["prediction"] == max(probabilities, key=probabilities.get)
+            assert digit["confidence"] == probabilities[digit["prediction"]]
+        assert row["prediction"] == "".join(digit["prediction"] for digit in row["digits"])
+        assert f"{row['image']}: {row['prediction']}: {row['prediction'][0]} (" in result.out
     right = sum(
         row["prediction"] == str(label) for row, label in zip(written, labels, strict=False)
     )
@@ -101,7 +105,7 @@ def test_a_folder_stands_for_the_images_right_in_it(run, folder, checkpoint):
     result = run(inference.main, *flags, "in/b.png", "in")
     answers = json.loads(result.out)["images"]
     assert [row["image"] for row in answers] == ["in/b.png", "in/a.PNG", "in/b.png", "in/c.jpg"]
-    assert answers[0]["probabilities"] == pytest.approx(answers[2]["probabilities"])
+    assert answers[0]["digits"] == answers[2]["digits"]
     (folder / "empty").mkdir()
     assert_one_error_line(run(inference.main, *flags, "in/empty"), "in/empty", "no images")
 
@@ -138,7 +142,7 @@ def test_a_bad_image_leaves_the_others_answered(run, folder, tmp_path, checkpoin
     written = json.loads((tmp_path / "outputs" / "predictions.json").read_text())["images"]
     assert [("error" in row) for row in written] == [False, True, True, False]
     if form == "text":
-        assert re.findall(r"^(\S+): \d  \(0: ", result.out, re.M) == ["in/a.PNG", "in/b.png"]
+        assert re.findall(r"^(\S+): \d: \d \(\d+ %\)", result.out, re.M) == ["in/a.PNG", "in/b.png"]
     elif form == "json":
         assert json.loads(result.out)["images"] == written
     else:
@@ -147,9 +151,15 @@ def test_a_bad_image_leaves_the_others_answered(run, folder, tmp_path, checkpoin
         for row, told in zip(rows, written, strict=True):
             assert row["error"] == told.get("error", "")
             assert row["prediction"] == told.get("prediction", "")
-            shown = [float(row[digit] or "nan") for digit in "0123456789"]
-            known = list(told.get("probabilities", dict.fromkeys("0123456789", np.nan)).values())
-            assert shown == pytest.approx(known, abs=1e-6, nan_ok=True)
+            (digit,) = told.get("digits", [None])
+            shown = [row[name] for name in ("left", "top", "right", "bottom", *"0123456789")]
+            if digit is None:
+                assert set(shown) == {""}
+                continue
+            known = [*digit["box"], *digit["probabilities"].values()]
+            assert [float(cell) for cell in shown] == pytest.approx(known, abs=1e-6)
+            assert row["digit"] == "1"
+            assert row["may_be_no_digit"] == str(digit["may_be_no_digit"]).lower()
 
 
 def test_a_name_that_is_no_text_is_answered(run, folder, tmp_path, checkpoint):
@@ -157,6 +167,21 @@ def test_a_name_that_is_no_text_is_answered(run, folder, tmp_path, checkpoint):
     flags = ("--mode", "predict", "--checkpoint", checkpoint, "--image", "caf\udce9.png")
     result = run(inference.main, *flags)
     assert result.status == 0 and "caf\ufffd.png: " in result.out
+
+
+def test_single_takes_all_strokes_for_one_digit(run, tmp_path, checkpoint):
+    """Strokes of a 4 that lie far apart are two digits, unless it is known that they are one."""
+    image = Image.new("L", (300, 300), 255)
+    pen = ImageDraw.Draw(image)
+    pen.line([(60, 40), (50, 180), (110, 175)], 0, 16)
+    pen.line([(220, 40), (215, 260)], 0, 16)
+    image.save("four.png")
+    flags = ("--mode", "predict", "--checkpoint", checkpoint, "--format", "json")
+    for more, count in ((), 2), (("--single",), 1):
+        (row,) = json.loads(run(inference.main, *flags, *more, "--image", "four.png").out)["images"]
+        assert len(row["digits"]) == count and row["size"] == [300, 300]
+    assert row["digits"][0]["box"] == pytest.approx([42, 40, 228, 260], abs=4)
+    assert_one_error_line(run(inference.main, "--single"), "--single is for --mode predict")
 
 
 def test_images_that_cannot_serve_end_in_one_line(run, tmp_path, checkpoint):
