@@ -7,14 +7,12 @@ import socket
 from ipaddress import ip_address
 
 import torch
-from PIL import Image
 
 import cli
 from checkpoint import find_checkpoint, load_checkpoint
 from cli import UserError
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-MAX_PIXELS = 25_000_000  # of a picture: a file of some kilobytes may unpack to gigabytes
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +52,11 @@ def open_socket(host: str, port: int) -> socket.socket:
         ) from None
 
 
+def in_url(host: str) -> str:
+    """A name or an address as a URL has it: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def main() -> None:
     args = parse_args()
     try:
@@ -74,13 +77,13 @@ def main() -> None:
         )
     with open_socket(args.host, args.port) as listener:
         torch.set_num_threads(1)  # one digit is too little work to share
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses what has twice as many
         address, port = listener.getsockname()[:2]
         local = ip_address(address).is_loopback
-        app = make_app(model.to(device), checkpoint, LOOPBACK_NAMES if local else ("*",))
-        shown = "localhost" if ip_address(address).is_unspecified else args.host
+        shown = "localhost" if ip_address(address).is_unspecified else in_url(args.host)
+        names = {*LOOPBACK_NAMES, shown.lower(), in_url(address)} if local else {"*"}
+        app = make_app(model.to(device), checkpoint, names)
         print(f"checkpoint: {path}")
-        print(f"page:       http://{f'[{shown}]' if ':' in shown else shown}:{port}/", flush=True)
+        print(f"page:       http://{shown}:{port}/", flush=True)
         if not local:
             print("open to every computer that reaches this one")
         print("Ctrl-C ends it", flush=True)

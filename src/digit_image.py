@@ -118,11 +118,15 @@ def _read_picture(source: str | Path | BinaryIO, what: str) -> tuple[np.ndarray,
             # The size is looked at here, and a warning of Pillow's is one more line for the user.
             warnings.simplefilter("ignore")
             image = Image.open(source, formats=FORMATS)
-            size, given = image.size, f"{image.width}x{image.height} pixels"
-            too_long = max(image.size) > MAX_SIDE
+            size = image.size
+            too_long = max(size) > MAX_SIDE
+            if too_long or size[0] * size[1] > MAX_PIXELS:
+                limit = f"{MAX_SIDE:,} a side" if too_long else f"{MAX_PIXELS // 10**6} million"
+                raise UserError(
+                    f"{what} is too large: {size[0]}x{size[1]} pixels, expected at most {limit}; "
+                    "scale it down"
+                )
             image.draft(None, (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at that size
-            if too_long or image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(given)
             stored = image.size
             image = ImageOps.exif_transpose(image)
             size = size[::-1] if image.size != stored else size
@@ -136,14 +140,14 @@ def _read_picture(source: str | Path | BinaryIO, what: str) -> tuple[np.ndarray,
         return _laid_on_paper(np.atleast_3d(pixels) / (1 if image.mode == "F" else 255)), size
     except FileNotFoundError:
         raise UserError(f"{what} not found: name an existing image file") from None
-    except Image.DecompressionBombError as error:
+    except Image.DecompressionBombError:  # more than Pillow opens at all
         raise UserError(
-            f"{what} is too large ({error}): expected at most {MAX_SIDE} pixels a "
-            f"side and {MAX_PIXELS} in all, scale it down"
+            f"{what} is too large: expected at most {MAX_PIXELS // 10**6} million pixels; "
+            "scale it down"
         ) from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{what} cannot be read: {error.strerror}") from None
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception:  # Pillow's decoders raise whatever comes on damaged files
         raise UserError(

@@ -196,8 +196,8 @@ def test_images_that_cannot_serve_end_in_one_line(run, tmp_path, checkpoint):
         "text.png": "text.png cannot be read",
         "empty.png": "empty.png cannot be read",
         "cut.png": "cut.png cannot be read",
-        "wide.png": f"wide.png 20000x3 {MAX_SIDE}",
-        "bomb.png": f"bomb.png too large {MAX_SIDE}",
+        "wide.png": f"wide.png 20000x3 {MAX_SIDE:,}",
+        "bomb.png": "bomb.png too large 50 million",
         "blank.png": "blank.png is blank",
         "none.png": "none.png not found",
     }.items():

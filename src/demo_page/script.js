@@ -1,7 +1,8 @@
 "use strict";
 
-const MAX_MB = 10; // of an uploaded file, as in demo_app.py
-const BRUSH = 0.085; // the stroke's width, of the drawing's side
+const MAX_MB = 10; // of what is sent, as in demo_app.py
+const MAX_SIDE = 1600; // pixels of a picture that is sent; as a PNG file it has less than MAX_MB in any case
+const BRUSH = 0.03; // the stroke's width, of the drawing's side: digits of all sizes have room for their loops
 const SENT_SIDE = 300; // pixels of the drawing as the server gets it, on every screen
 const MARGIN = 10; // of them on each side stay white, so that what is drawn up to the edge is no printed line
 const LIVE_MS = 100; // from one question to the next while a stroke goes on
@@ -14,8 +15,11 @@ const COVER = 0.6; // how much of the image the attention's colour covers
 const element = (id) => document.getElementById(id);
 const drawing = element("drawing");
 const INVITATION = "Draw a digit first: the answer stands here.";
+const HINT = "Draw here, or drop a picture";
 let strokes = []; // each a list of points [x, y], 0 to 1
-let picture = null; // an uploaded one
+let upload = null; // a picture's { name, image }, image null where the browser can't show it
+let digits = []; // read in what stands there
+let selected = 0; // of them, the one whose probabilities are shown
 let finished = false; // an example or upload: the next stroke begins a new drawing
 let sheet = 0; // number of the drawing: a cleared one is another
 let pen = null; // the pointer that draws
@@ -48,15 +52,19 @@ function redraw() {
   const side = Math.round(drawing.clientWidth * devicePixelRatio);
   drawing.width = drawing.height = side;
   const context = drawing.getContext("2d");
-  if (picture) {
-    const scale = side / Math.max(picture.width, picture.height);
-    const [width, height] = [picture.width * scale, picture.height * scale];
-    context.drawImage(picture, (side - width) / 2, (side - height) / 2, width, height);
+  if (upload?.image) {
+    const { image } = upload;
+    const scale = side / Math.max(image.width, image.height);
+    const [width, height] = [image.width * scale, image.height * scale];
+    const place = [(side - width) / 2, (side - height) / 2, width, height];
+    context.fillStyle = "grey"; // behind transparent ink, be it black or white
+    context.fillRect(...place);
+    context.drawImage(image, ...place);
   }
   paint(context, side, getComputedStyle(drawing).color);
-  const empty = !strokes.length && !picture;
-  element("hint").hidden = !empty;
-  element("undo").disabled = element("clear").disabled = empty;
+  element("hint").textContent = upload ? `${upload.name} is here, but this browser cannot show it` : HINT;
+  element("hint").hidden = strokes.length || upload?.image;
+  element("undo").disabled = element("clear").disabled = !strokes.length && !upload;
 }
 
 /**
@@ -81,8 +89,8 @@ function drawnPicture() {
 
 function clear() {
   strokes = [];
-  picture = null;
-  pen = null;
+  upload = pen = null;
+  selected = 0;
   finished = false;
   sheet++;
   shown = ++asked; // answers on their way are of no interest any more
@@ -92,7 +100,7 @@ function clear() {
 
 function undo() {
   if (pen !== null) return;
-  if (picture || strokes.length < 2) return clear();
+  if (upload || strokes.length < 2) return clear();
   strokes.pop();
   redraw();
   askAboutDrawing(performance.now());
@@ -102,16 +110,16 @@ function undo() {
 
 function askAboutDrawing(since, final = true) {
   askedAt = performance.now();
-  return ask(drawnPicture(), since, final);
+  return ask("drawing", drawnPicture(), since, final);
 }
 
-/** Send a picture; show the answer unless a later one stands there already. */
-async function ask(body, since, final = true) {
+/** Send a "drawing" or "picture"; show the answer unless a later one stands there already. */
+async function ask(subject, body, since, final = true) {
   const number = ++asked;
   open++;
   let answer;
   try {
-    const response = await fetch("predict", { method: "POST", body });
+    const response = await fetch(`predict?${subject}`, { method: "POST", body });
     answer = await response.json();
   } catch {
     answer = { error: "No answer came. Is demo.py still running?" };
@@ -120,7 +128,7 @@ async function ask(body, since, final = true) {
   if (number <= shown || (answer.error && !final)) return;
   shown = number;
   if (answer.error) {
-    if (picture) { [picture, finished] = [null, false]; redraw(); }
+    if (upload) { [upload, finished] = [null, false]; redraw(); }
     return showNothing(answer.error, true);
   }
   showAnswer(answer, final, since);
@@ -130,8 +138,7 @@ async function ask(body, since, final = true) {
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
-function say(digit, words, more, state) {
-  element("digit").textContent = digit;
+function say(words, more, state) {
   element("words").textContent = words;
   element("more").textContent = more;
   element("answer").className = state;
@@ -139,7 +146,11 @@ function say(digit, words, more, state) {
 
 function showNothing(words, isError = false) {
   words = words[0].toUpperCase() + words.slice(1);
-  say(isError ? "!" : "?", words, "", isError ? "error" : "idle");
+  digits = [];
+  element("boxes").replaceChildren();
+  element("digit").textContent = isError ? "!" : "?";
+  element("took").textContent = "";
+  say(words, "", isError ? "error" : "idle");
   element("status").textContent = isError ? words : "";
   showBars(classNames.map(() => 0));
   for (const id of ["received", "attention"]) {
@@ -149,19 +160,73 @@ function showNothing(words, isError = false) {
   [element("least").textContent, element("most").textContent] = ["less", "more"];
 }
 
-function showAnswer({ probabilities, received, attention }, final, since) {
+/** The classes of a digit with their shares, the likeliest first. */
+function ranking({ probabilities }) {
   const order = probabilities.map((_, i) => i).sort((a, b) => probabilities[b] - probabilities[a]);
-  const [best, second] = order.map((i) => ({ name: classNames[i], share: percent(probabilities[i]) }));
-  say(best.name, `Probability ${best.share}`, second ? `next: ${second.name} with ${second.share}` : "", "");
-  showBars(probabilities);
-  showImage(received);
-  showAttention(received, attention);
+  return order.map((i) => `${classNames[i]} with ${percent(probabilities[i])}`);
+}
+
+function showAnswer(answer, final, since) {
+  digits = answer.digits;
+  element("digit").replaceChildren(...digits.map(digitButton));
+  // On the pad a drawing's only digit needs no frame, and a picture that isn't shown has no place for one.
+  const framed = upload ? upload.image : digits.length > 1;
+  element("boxes").replaceChildren(...(framed ? digits.map((digit, i) => frame(digit, i, answer.size)) : []));
+  element("boxes").className = upload ? "clickable" : "";
+  select(Math.min(selected, digits.length - 1));
+  element("took").textContent = "";
   if (!final) return;
-  element("status").textContent = `This looks like ${best.name}, with ${best.share}.`;
+  const number = digits.length > 1 ? `${digits.map((digit) => digit.prediction).join("")}: ` : "";
+  const each = digits.map((digit) => ranking(digit)[0] + (digit.may_be_no_digit ? ", which may be no digit" : ""));
+  element("status").textContent = `This looks like ${number}${each.join("; ")}.`;
   requestAnimationFrame(() => setTimeout(() => { // once it is painted
     const { duration } = performance.measure("answer", { start: since });
-    element("more").textContent += ` · answered in ${Math.round(duration)} ms`;
+    element("took").textContent = `answered in ${Math.round(duration)} ms`;
   }));
+}
+
+function digitButton({ prediction, may_be_no_digit: strange }, i) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = prediction;
+  button.ariaLabel = `${prediction}, digit ${i + 1} of ${digits.length}`;
+  button.className = strange ? "strange" : "";
+  button.disabled = digits.length === 1;
+  button.onclick = () => select(i);
+  return button;
+}
+
+/** A frame around a digit on the pad, of a picture of [width, height] that was sent. */
+function frame({ box: [left, top, right, bottom], may_be_no_digit: strange }, i, [width, height]) {
+  const side = upload ? Math.max(width, height) : SENT_SIDE - 2 * MARGIN; // as much of it as the pad shows
+  const share = (length) => `${100 * length / side}%`;
+  const line = document.createElement("i");
+  line.style.left = share(left + (side - width) / 2);
+  line.style.top = share(top + (side - height) / 2);
+  line.style.width = share(right - left);
+  line.style.height = share(bottom - top);
+  line.className = strange ? "strange" : "";
+  line.onclick = () => select(i);
+  return line;
+}
+
+/** Show all about one of the digits. */
+function select(i) {
+  selected = i;
+  for (const id of ["digit", "boxes"]) {
+    [...element(id).children].forEach((child, j) => { child.ariaCurrent = i === j; });
+  }
+  const [best, second] = ranking(digits[i]);
+  const several = digits.length > 1 && `Digit ${i + 1} of ${digits.length}`;
+  if (digits[i].may_be_no_digit) {
+    say(`${several || "This"} may be no digit`, `most like ${best}`, "strange");
+  } else {
+    const next = second.endsWith(" 0.0 %") ? "" : `next: ${second}`;
+    say(several ? `${several}: ${best}` : `Probability ${percent(Math.max(...digits[i].probabilities))}`, next, "");
+  }
+  showBars(digits[i].probabilities);
+  showImage(digits[i]);
+  showAttention(digits[i]);
 }
 
 function showBars(probabilities) {
@@ -181,12 +246,12 @@ function fill(canvas, color) {
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
-function showImage(received) {
+function showImage({ prediction, received }) {
   fill(element("received"), (row, column) => Array(3).fill(received[row][column]));
-  element("received").ariaLabel = `The ${element("digit").textContent}, white on black, as 28 by 28 pixels`;
+  element("received").ariaLabel = `The ${prediction}, white on black, as 28 by 28 pixels`;
 }
 
-function showAttention(received, attention) {
+function showAttention({ received, attention }) {
   const side = attention.length;
   const [least, most] = [Math.min(...attention.flat()), Math.max(...attention.flat())];
   fill(element("attention"), (row, column) => {
@@ -297,15 +362,27 @@ for (const button of document.querySelectorAll("#examples button")) {
 async function readFile(file) {
   const since = performance.now();
   clear();
-  if (file.size > MAX_MB * 2 ** 20) {
+  const mine = sheet;
+  const image = await createImageBitmap(file).catch(() => null); // the server may know more formats
+  const body = image ? await fitting(file, image) : file;
+  if (sheet !== mine) return;
+  if (body.size > MAX_MB * 2 ** 20) {
     return showNothing(`This file has ${Math.round(file.size / 2 ** 20)} MB, expected at most ${MAX_MB} MB.`, true);
   }
-  const mine = sheet;
-  const decoded = await createImageBitmap(file).catch(() => null); // the server may know more formats
-  if (sheet !== mine) return;
-  [picture, finished] = [decoded, true];
+  [upload, finished] = [{ name: file.name, image }, true];
   redraw();
-  await ask(file, since);
+  await ask("picture", body, since);
+}
+
+/** The file, or in place of a large one its image in MAX_SIDE pixels, as a PNG file. */
+async function fitting(file, image) {
+  const scale = Math.min(1, MAX_SIDE / Math.max(image.width, image.height));
+  if (scale === 1 && file.size <= MAX_MB * 2 ** 20) return file;
+  const canvas = new OffscreenCanvas(Math.ceil(image.width * scale), Math.ceil(image.height * scale));
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(image, 0, 0, canvas.width, canvas.height);
+  return canvas.convertToBlob();
 }
 
 element("upload").addEventListener("click", () => element("file").click());
