@@ -166,7 +166,7 @@ def test_predict_with_other_structures(whole, run, tmp_path, plan):
         ("calibration/threshold", None),
         ("calibration/whitening", ("TENSORS", "nan")),
         ("calibration/whitening", ("TENSORS", "claims to be huge")),
-        ("calibration/whitening", ("TENSORS", "complex")),
+        ("calibration/centres", ("TENSORS", "complex")),
         ("calibration/whitening", None),
         ("calibration/centres", ("TENSORS", "claims to be huge")),
         ("calibration/centres", ("TENSORS", "sparse")),
