@@ -146,14 +146,14 @@ def answer(
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """A line for each picture that was read: `42.jpg: 42: 4 (99 %) 2 (98 %)`."""
+    """A line for each picture that was read: `42.jpg: 42: 4 (99.1 %) 2 (98.0 %)`."""
     lines = []
     for row in result["images"]:
         if "error" not in row:
             shown = []
             for digit in row["digits"]:
                 note = " (may be no digit)" if digit["may_be_no_digit"] else ""
-                shown.append(f"{digit['prediction']} ({100 * digit['confidence']:.0f} %){note}")
+                shown.append(f"{digit['prediction']} ({100 * digit['confidence']:.1f} %){note}")
             lines.append(f"{row['image']}: {row['prediction']}: {' '.join(shown)}\n")
     return "".join(lines)
 
