@@ -4,6 +4,7 @@ import startup
 
 import argparse
 import difflib
+import errno
 import math
 import os
 import platform
@@ -243,18 +244,26 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main` and end the process: 0, 2 after a `UserError`, 130 after Ctrl-C, 1
-    where the machine failed, 141 where nobody reads its output any more."""
+    """Run a script's `main` and end the process.
+
+    The status is 0, 2 after a `UserError`, 1 where the machine failed, 130 after Ctrl-C, 141 where
+    nobody reads the output any more, 129 where the terminal was closed.
+    """
     startup.imports_are_done()
+    if hasattr(sys.stdout, "reconfigure"):  # a pipe's reader sees each line at once
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         try:
             _run(main)
         finally:
             print(end="", flush=True)  # fails here rather than while Python ends
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         for stream in (1, 2):  # for what is still to be written at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        sys.exit(141)  # as from SIGPIPE, which Python ignores
+        # As from SIGPIPE, which Python ignores, and from SIGHUP.
+        sys.exit(141 if error.errno == errno.EPIPE else 129)
 
 
 def _run(main: Callable[[], None]) -> None:

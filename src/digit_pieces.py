@@ -33,8 +33,8 @@ def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
     found = np.array([_hull(boxes[group]) for group in groups])
     sides = found[:, 2:] - found[:, :2]
     is_digit = (sides[:, 1] >= LEAST_HEIGHT * height) & (sides.max(axis=1) >= LEAST_SIDE * height)
-    if not is_digit.any():  # a stroke that lies, with nothing to compare it with
-        is_digit = sides.max(axis=1) >= LEAST_SIDE * height
+    if not is_digit.any():  # a stroke that lies, with nothing to compare it with, or only marks
+        is_digit = sides.max(axis=1) >= min(LEAST_SIDE * height, sides.max())
     groups = [group for group, digit in zip(groups, is_digit, strict=True) if digit]
     found = found[is_digit]
     for speck in order[size[order] < SPECK * height][: 10 * MOST_PIECES]:

@@ -3,6 +3,7 @@
 import startup  # noqa: F401 before PyTorch
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -232,21 +233,28 @@ def score(task: Task) -> None:
         f"Cross-entropy: {outputs.cross_entropy:.4f}  (labels not smoothed, temperature "
         f"{task.temperature:.3f}; Test Loss: labels smoothed by {smoothing:g}, temperature 1)"
     )
-    result = {"checkpoint": task.args.checkpoint, "dataset": dataset, "loss": loss}
+    with open(task.args.checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    result = {
+        "checkpoint": task.args.checkpoint,
+        "sha256": digest,
+        "dataset": dataset,
+        "loss": loss,
+    }
     result |= {"label_smoothing": smoothing, "cross_entropy": outputs.cross_entropy}
     result |= {"temperature": task.temperature, "top1": top1, "top5": top5}
     keep = None
-    if not _is_evaluation_of(task.args.checkpoint, path):
+    if not _is_evaluation_of(digest, path):
         numbered = (path.with_stem(f"{path.stem}.{i}") for i in count(1))
         keep = next(name for name in numbered if not name.exists())
         print(f"Kept: {path}, which is of another checkpoint, as {keep}")
     write_json(path, result, keep)
 
 
-def _is_evaluation_of(checkpoint: str, path: Path) -> bool:
-    """Whether the file at `path` is of this checkpoint, or there is none."""
+def _is_evaluation_of(digest: str, path: Path) -> bool:
+    """Whether the file at `path` is of the checkpoint with this SHA-256, or there is none."""
     try:
-        return json.loads(path.read_bytes())["checkpoint"] == checkpoint
+        return json.loads(path.read_bytes())["sha256"] == digest
     except FileNotFoundError:
         return True
     except (LookupError, OSError, RecursionError, TypeError, ValueError):
@@ -388,8 +396,9 @@ def parse_args() -> argparse.Namespace:
 
 def _check_flags(args: argparse.Namespace, parser: cli.Parser) -> None:
     """Raise UserError where a flag does not go with the mode or with another flag."""
+    given = parser.given()
     for flag, (modes, effect) in FLAGS_OF_MODES.items():
-        if args.mode not in modes and getattr(args, flag) != parser.get_default(flag):
+        if args.mode not in modes and flag in given:
             raise UserError(
                 f"--mode {args.mode} given, but --{flag} {effect}, which is for --mode "
                 f"{' or '.join(modes)}: leave it out"

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -32,13 +33,13 @@ from cli import UserError
 from distributed import World
 from files import replacing, write_text
 from optim import Schedule, WeightAverage
-from recipes import DEFAULTS
+from recipes import DEFAULTS, fingerprint
 
 LAST, PREVIOUS, PATHS_FILE = "last.pt", "last.prev.pt", "last.paths.json"
 BEST, RAW_BEST = "best_model.pt", "best_model.raw.pt"
 PATHS = ("data_dir", "output_dir", "todo_path")  # flags whose values stand in PATHS_FILE
 # What belongs to a finished run beside its best model.
-RESULTS = ("history.json", "timing_cpu.txt", "timing_cuda.txt")
+RESULTS = (RAW_BEST, "history.json", "timing_cpu.txt", "timing_cuda.txt")
 # Flags that a run may go on with other values of. All others are the run's own.
 MAY_CHANGE = {"resume", "epochs", "device", "save_dir", "output_dir", "todo_path", "data_dir"}
 MAY_CHANGE |= {"num_workers", "compile", "save_every_steps", "on_nonfinite", "grad_accum_steps"}
@@ -64,7 +65,8 @@ def save_last(
         UserError: it can't be written. What was there is still there.
     """
     paths = {name: str(Path(getattr(args, name)).absolute()) for name in PATHS}
-    paths = json.dumps({"folder": str(folder.resolve()), **paths}, indent=2) + "\n"
+    about = {"folder": str(folder.resolve()), "fingerprint": state["run"]["fingerprint"]}
+    paths = json.dumps({**about, **paths}, indent=2) + "\n"
     if _read_text(folder / PATHS_FILE) != paths:
         write_text(folder / PATHS_FILE, paths)
     save_checkpoint(folder / LAST, state, keep=None if first else folder / PREVIOUS)
@@ -79,11 +81,11 @@ def _read_text(path: Path) -> str:
         return ""
 
 
-def find_paths(source: Path, dataset: str, given: dict[str, Any]) -> dict[str, str]:
+def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict[str, str]:
     """The paths with which the run in `source` goes on, where the command line names none.
 
     Args:
-        dataset: of the run; the digits need no `--data_dir`.
+        run: what the file says of it; the digits need no `--data_dir`.
         given: the flags that the command line names.
 
     Raises:
@@ -93,15 +95,17 @@ def find_paths(source: Path, dataset: str, given: dict[str, Any]) -> dict[str, s
     wanted = [name for name in PATHS if name not in given]
     try:
         told = json.loads(_read_text(source.with_name(PATHS_FILE)))
-        if told["folder"] == str(source.parent.resolve()):
+        about = told["folder"], told["fingerprint"]
+        if about == (str(source.parent.resolve()), run["fingerprint"]):
             return {name: str(told[name]) for name in wanted}
+        reason = "was written for another folder or run"
     except (ValueError, LookupError, TypeError, RecursionError):
-        pass  # there is none, or it is damaged
-    wanted = [f"--{name}" for name in wanted if (name, dataset) != ("data_dir", "digits")]
+        reason = "is not there or damaged"
+    wanted = [f"--{name}" for name in wanted if (name, run["dataset"]) != ("data_dir", "digits")]
     if wanted:
         raise UserError(
-            f"the paths of the run in {source} are not known here, its folder is not where it was "
-            f"written: give {', '.join(wanted)} again"
+            f"where the run in {source} reads and writes is not known: "
+            f"{source.with_name(PATHS_FILE)} {reason}; give {', '.join(wanted)} again"
         )
     return {}
 
@@ -165,6 +169,9 @@ def _load(path: Path) -> dict[str, Any]:
             if config[name] != settings[name]:
                 raise ValueError(f"{name} {settings[name]!r} in its settings, {config[name]!r} not")
         as_flags(state["run"])
+        told = state["run"].setdefault("fingerprint", fingerprint(state["run"]))
+        if not re.fullmatch("[0-9a-f]{12}", told):
+            raise ValueError("its fingerprint is none")
     except Exception as error:  # whatever a file that was made to mislead brings up
         raise _unusable(path, error) from None
     return state
@@ -271,7 +278,7 @@ def set_aside(folder: Path, new: dict[str, Any]) -> None:
             return
         what = f"the best model of another run ({old['best_acc']:.2f} % of its validation images)"
     except (UserError, LookupError, TypeError, ValueError, RuntimeError):  # or not comparable
-        what = "a file that cannot be read as a model"
+        what = "a best model of unknown settings"
     when = datetime.fromtimestamp(best_path.stat().st_mtime)
     aside = folder / when.strftime("%Y-%m-%d_%H-%M-%S")
     while aside.exists():
@@ -375,9 +382,12 @@ def bring_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[fl
     )
     if state["position"]["step"]:
         return -1.0, 0
+    last = state["history"][-1]
+    last["is_best"] = True
     set_aside(best_path.parent, state)
-    save_checkpoint(best_path, {n: v for n, v in state.items() if n not in OF_A_STATE})
-    return state["history"][-1]["val_acc"], state["position"]["epoch"]
+    content = {name: value for name, value in state.items() if name not in OF_A_STATE}
+    save_checkpoint(best_path, {**content, "best_acc": last["val_acc"]})
+    return last["val_acc"], last["epoch"]
 
 
 # ------------------------------------------------------------------------------ random generators

@@ -69,9 +69,11 @@ def _ticks(stat: str) -> dict[int, tuple[int, int]]:
 def note_busy_cores(threads: int) -> None:
     """Say on stderr if other programs leave fewer cores free than `threads`, and what helps."""
     free = free_cores() if threads > 1 else None
-    if free is None or max(1, free) >= threads:
+    if free is None:
         return
     total = len(os.sched_getaffinity(0))
+    if max(1, free) >= min(threads, total):
+        return
     are = "is" if total - free == 1 else "are"
     print(
         f"note: {total - free} of {total} cores {are} busy with other work: "

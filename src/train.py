@@ -415,11 +415,11 @@ def main() -> None:
             args.save_dir = source if source.is_dir() else source.parent
         if world.leads:  # the file needn't be on the others' machines
             state, source = resume.load_last(source)
-            for name, path in resume.find_paths(source, state["run"]["dataset"], given).items():
+            for name, path in resume.find_paths(source, state["run"], given).items():
                 setattr(args, name, path if name == "data_dir" else Path(path))
                 given[name] = getattr(args, name)
     if world.leads:
-        for name in ("best_model.pt", "history.json", f"timing_{device.type}.txt"):
+        for name in (resume.BEST, "history.json", f"timing_{device.type}.txt"):
             check_writable(args.save_dir / name)
         check_writable(args.output_dir / "training_curves.png")
         check_writable(args.todo_path)
@@ -473,7 +473,7 @@ def train(
     settings = settings_for(args.recipe, dataset.name, given)
     run = {name: getattr(args, name) for name in resume.OF_THE_RUN}
     run |= {"dataset": dataset.name, "settings": dict(settings)}
-    run["fingerprint"] = state["run"].get("fingerprint") if state else fingerprint(run)
+    run["fingerprint"] = state["run"]["fingerprint"] if state else fingerprint(run)
     train_loader, val_loader, test_loader = make_loaders(
         dataset,
         settings["batch_size"],

@@ -363,6 +363,8 @@ def test_what_is_no_run_is_refused(run, stopped, tmp_path):
         lambda state: state["run"]["settings"].update(optimizer="__import__('os')"),
         lambda state: state["run"]["settings"].pop("lr"),
         lambda state: state["run"].update(dataset="--todo_path=x"),
+        lambda state: state["run"].update(fingerprint="0123456789ab\ntest_acc: 100"),
+        lambda state: state["run"].update(fingerprint=torch.zeros(3)),
         lambda state: state["position"].update(epoch=-1),
         lambda state: state["position"].update(step=10**9),
         lambda state: state["position"]["totals"].update(lrs=[1, 2, 3]),
@@ -419,7 +421,7 @@ def test_a_resumed_run_reads_and_writes_where_it_did(run, folder):
     assert (first / "plans" / "TODO.md").read_text().count("| done |") == 3
 
 
-@pytest.mark.parametrize("told", ["moved", "no file", "no JSON", "[]", '{"folder": 7}'])
+@pytest.mark.parametrize("told", ["moved", "no file", "no JSON", "[]", '{"folder": 7}', "another"])
 def test_a_moved_run_needs_its_paths_again(run, folder, told):
     first = folder("first")
     assert run(train.main, *TINY, "--epochs", 1).status == 0
@@ -429,6 +431,11 @@ def test_a_moved_run_needs_its_paths_again(run, folder, told):
     assert paths.exists()
     if told == "no file":
         paths.unlink()
+    elif told == "another":  # a run that was killed before it wrote its own last.pt
+        here = str(Path("moved").resolve())
+        paths.write_text(
+            json.dumps(json.loads(paths.read_text()) | {"folder": here, "fingerprint": "0"})
+        )
     elif told != "moved":
         paths.write_text(told)
     before = sorted(Path().rglob("*"))
@@ -495,7 +502,10 @@ def test_a_lost_best_model_is_said_and_replaced(run, folder, at_step):
     BEST.unlink()
     result = run(train.main, "--resume")
     assert result.status == 0 and result.err.startswith("WARNING: the best model so far")
-    assert load_checkpoint(BEST)[1]["epoch"] == 2
+    rows = json.loads(Path("checkpoints/history.json").read_text())["epochs"]
+    best = load_checkpoint(BEST)[1]
+    assert (best["epoch"], best["best_acc"]) == (2, rows[1]["val_acc"]) and rows[1]["is_best"]
+    assert run(train.main, "--resume").err == ""
 
 
 def test_last_pt_is_a_checkpoint_too(stopped):

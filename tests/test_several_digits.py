@@ -9,6 +9,7 @@ import pytest
 from conftest import MNIST, ROOT, needs_mnist
 from PIL import Image, ImageDraw
 
+import digit_pieces
 from checkpoint import PRETRAINED, load_checkpoint
 from cli import UserError
 from digit_image import MAX_DIGITS, Reading, read_digits
@@ -194,3 +195,11 @@ def test_one_call_of_the_model_reads_all_digits_of_all_pictures(pretrained):
     answers = answer(model, checkpoint, ["a", "b", "c"], readings)
     hook.remove()
     assert [row.get("prediction") for row in answers] == ["123", None, "45"] and sizes == [5]
+
+
+def test_marks_alone_are_not_lost_among_what_sets_the_height():
+    """400 heavy blobs beside thousands of long thin lines, which are not looked at."""
+    blobs = np.array([[60 * i, 0, 60 * i + 40, 40] for i in range(400)])
+    lines = np.array([[10 * i, 100, 10 * i + 1, 200] for i in range(4000)])
+    mass = np.concatenate((np.full(400, 200.0), np.full(4000, 100.0)))
+    assert digit_pieces.group_pieces(np.concatenate((blobs, lines)), mass)

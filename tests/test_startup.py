@@ -116,6 +116,7 @@ def test_where_the_system_does_not_tell_nothing_is_said(monkeypatch, tmp_path, c
         (3, 4, "note: 1 of 4 cores is busy with other work: OMP_NUM_THREADS=3 in front of "),
         (0, 4, "note: 4 of 4 cores are busy with other work: OMP_NUM_THREADS=1 in front of "),
         (2, 2, ""),
+        (4, 8, ""),  # more threads than there are cores
         (0, 1, ""),  # fewer than one thread there cannot be
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -352,6 +353,55 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         assert re.search(rf"--{name} .*?\(default: {re.escape(str(value))}\)", text), name
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
+def test_a_closed_terminal_costs_nothing(tmp_path):
+    import fcntl
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "src" / "train.py", *QUICK, "--epochs", "5000"],
+        cwd=tmp_path,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    printed = b""
+    while b"Epoch  2/" not in printed:
+        printed += os.read(ours, 10_000)
+    os.close(ours)
+    assert process.wait(60) == 129
+    state = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
+    assert state["position"]["epoch"] == len(history["epochs"]) >= 2
+    command = [sys.executable, "-u", ROOT / "src" / "train.py", "--resume"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    lines = iter(process.stdout.readline, "")
+    assert any(line.startswith("resumed: ") for line in lines)
+    process.kill()
+    process.communicate()
+
+
+def test_a_reader_who_has_gone_costs_nothing(tmp_path):
+    """As in `train.py | head`."""
+    command = [sys.executable, ROOT / "src" / "train.py", *QUICK, "--epochs", "5000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("Epoch  1/"):
+            break
+    process.stdout.close()
+    assert process.wait(60) == 141 and "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    last = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    assert last["position"]["epoch"] >= 1
+
+
 # ----------------------------------------------------------------------------------------- errors
 
 
@@ -482,7 +532,7 @@ def test_a_finished_model_of_other_settings_is_kept_with_its_files(run, tmp_path
     assert "kept: " in result.out
     (here / "best_model.pt").write_bytes(b"mine")
     result = run(train.main, *TINY, "--epochs", 1)
-    assert "kept:     a file that cannot be read as a model" in result.out
+    assert "kept:     a best model of unknown settings" in result.out
     assert sorted(len(list(p.iterdir())) for p in here.iterdir() if p.is_dir()) == [3, 3, 3]
     assert b"mine" in [path.read_bytes() for path in here.rglob("best_model.pt")]
 
@@ -515,6 +565,11 @@ def test_from_swa_start_on_only_averages_compete(run, tmp_path):
     assert kept["best_acc"] == max(raw) and "raw_model_state_dict" not in kept
     stars = [row.split("|")[5].strip() for row in todo_rows(tmp_path)]
     assert stars == ["yes" if row["is_best"] else "no" for row in rows]
+    # It goes with its run where another takes the place.
+    assert run(train.main, *TINY, "--epochs", 1).status == 0
+    (aside,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert (aside / "best_model.raw.pt").exists()
+    assert not (tmp_path / "checkpoints" / "best_model.raw.pt").exists()
 
 
 def test_the_schedule_moves_with_every_step(run, tmp_path):
