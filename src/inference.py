@@ -295,6 +295,8 @@ def read_digits(task: Task) -> None:
     all_read = show(result, task.args.format)
     if any("prediction" in row for row in answers):
         write_json(task.args.output, result)
+        if not all_read and task.args.format == "text":
+            print(f"Written: {task.args.output}")
     if not all_read:
         sys.exit(2)
 

@@ -114,7 +114,7 @@ def load_last(path: Path) -> tuple[dict[str, Any], Path]:
     """Read a run's state, from the file before it with a warning where this one is damaged.
 
     Args:
-        path: a file, or a folder with a `last.pt`.
+        path: a file named `*.pt`, or a folder with a `last.pt`.
 
     Returns:
         The checkpoint, and the file that it was read from.
@@ -122,7 +122,8 @@ def load_last(path: Path) -> tuple[dict[str, Any], Path]:
     Raises:
         UserError: neither file holds the state of a run.
     """
-    path = path / LAST if path.is_dir() else path
+    is_folder = path.is_dir() or (not path.exists() and path.suffix != ".pt")
+    path = path / LAST if is_folder else path
     previous = path.with_name(PREVIOUS)
     if not path.exists() and not (path.name == LAST and previous.exists()):
         raise UserError(
@@ -135,7 +136,8 @@ def load_last(path: Path) -> tuple[dict[str, Any], Path]:
         if path.name != LAST or not previous.exists():
             raise
         state = _load(previous)
-        print(f"WARNING: {error}\ngoing on from the save before it, {previous}", file=sys.stderr)
+        reason = str(error).partition(";")[0]  # what follows is what else to do
+        print(f"WARNING: {reason}\ngoing on from the save before it, {previous}", file=sys.stderr)
         return state, previous
 
 

@@ -163,7 +163,7 @@ def test_wrong_usage_is_told_once(folder):
     _, errors = process.communicate(timeout=60)
     lines = [line for line in errors.splitlines() if not line.startswith("launch: ")]
     assert process.returncode == 2 and len(lines) == 1
-    assert "there is no checkpoints to resume" in lines[0]
+    assert "there is no checkpoints/last.pt to resume" in lines[0]
 
 
 def meet(rank: int, store: str) -> None:

@@ -349,7 +349,7 @@ def test_flags_that_agree_or_may_change_are_taken(run, stopped, tmp_path):
 
 
 def test_what_is_no_run_is_refused(run, stopped, tmp_path):
-    assert_one_error_line(run(train.main, "--resume"), "there is no checkpoints to resume")
+    assert_one_error_line(run(train.main, "--resume"), "there is no checkpoints/last.pt to resume")
     assert_one_error_line(run(train.main, "--resume", "x.pt"), "there is no x.pt to resume")
     assert_one_error_line(run(train.main, "--resume", stopped / BEST), "not the state of a run")
     assert not (tmp_path / "checkpoints").exists()
