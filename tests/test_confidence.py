@@ -182,7 +182,7 @@ def test_a_model_without_is_taken_as_it_is(run, trained, tmp_path):
 
 def test_evaluate_names_both_losses_and_keeps_anothers_evaluation(run, trained, tmp_path):
     path = trained / "checkpoints" / "best_model.pt"
-    (tmp_path / "other.pt").write_bytes(path.read_bytes())
+    (tmp_path / "copy.pt").write_bytes(path.read_bytes())
     history = json.loads((path.parent / "history.json").read_text())
     flags = ("--mode", "evaluate", "--checkpoint")
     printed = run(inference.main, *flags, path).out
@@ -195,9 +195,11 @@ def test_evaluate_names_both_losses_and_keeps_anothers_evaluation(run, trained, 
     assert f"Cross-entropy: {-np.log(own).mean():.4f}  (labels not smoothed, " in printed
     assert "Test Loss: labels smoothed by 0.1" in printed
     assert run(inference.main, *flags, path).out == printed  # the same again takes its place
-    result = run(inference.main, *flags, "other.pt")
+    assert "Kept: " not in run(inference.main, *flags, "copy.pt").out  # the same model
+    save_checkpoint("copy.pt", {**torch.load("copy.pt"), "epoch": 1})  # another one by that name
+    result = run(inference.main, *flags, "copy.pt")
     assert "Kept: outputs/evaluation.json, which is of another checkpoint, as " in result.out
     files = {p.name: json.loads(p.read_text()) for p in (tmp_path / "outputs").iterdir()}
     assert files.keys() == {"evaluation.json", "evaluation.1.json"}
-    assert files["evaluation.1.json"] == written
-    assert files["evaluation.json"]["checkpoint"] == "other.pt"
+    assert files["evaluation.1.json"] == {**written, "checkpoint": "copy.pt"}
+    assert files["evaluation.json"]["sha256"] != written["sha256"]

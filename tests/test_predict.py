@@ -142,7 +142,11 @@ def test_a_bad_image_leaves_the_others_answered(run, folder, tmp_path, checkpoin
     written = json.loads((tmp_path / "outputs" / "predictions.json").read_text())["images"]
     assert [("error" in row) for row in written] == [False, True, True, False]
     if form == "text":
-        assert re.findall(r"^(\S+): \d: \d \(\d+ %\)", result.out, re.M) == ["in/a.PNG", "in/b.png"]
+        assert "Written: outputs/predictions.json" in result.out
+        assert re.findall(r"^(\S+): \d: \d \([\d.]+ %\)", result.out, re.M) == [
+            "in/a.PNG",
+            "in/b.png",
+        ]
     elif form == "json":
         assert json.loads(result.out)["images"] == written
     else:
