@@ -258,12 +258,22 @@ def run(main: Callable[[], None]) -> None:
         finally:
             print(end="", flush=True)  # fails here rather than while Python ends
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.EIO):
+        if error.errno != errno.EPIPE and not _terminal_is_closed():
             raise
         for stream in (1, 2):  # for what is still to be written at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         # As from SIGPIPE, which Python ignores, and from SIGHUP.
         sys.exit(141 if error.errno == errno.EPIPE else 129)
+
+
+def _terminal_is_closed() -> bool:
+    """Whether stdout or stderr is a terminal that is gone; a failing disk raises EIO as well."""
+    try:
+        for stream in (1, 2):
+            os.write(stream, b"")
+    except OSError as error:
+        return error.errno == errno.EIO
+    return False
 
 
 def _run(main: Callable[[], None]) -> None:

@@ -50,9 +50,8 @@ class Digit:
 class Reading:
     """What was found in a picture."""
 
-    digits: tuple[
-        Digit, ...
-    ]  # at least one, as they are written: lines from the top, each from left
+    # At least one, in the order in which they are written: lines from the top, each from the left.
+    digits: tuple[Digit, ...]
     size: tuple[int, int]  # width, height of the picture, upright, in pixels
 
 

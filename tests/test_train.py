@@ -1,5 +1,6 @@
 """Training from the command line: what it writes, what it repeats, how it stops and refuses."""
 
+import errno
 import json
 import math
 import os
@@ -400,6 +401,14 @@ def test_a_reader_who_has_gone_costs_nothing(tmp_path):
     process.stderr.close()
     last = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     assert last["position"]["epoch"] >= 1
+
+
+def test_a_failing_disk_is_not_taken_for_a_closed_terminal(run):
+    def main() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        run(main)
 
 
 # ----------------------------------------------------------------------------------------- errors
