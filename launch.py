@@ -336,7 +336,7 @@ def run_together(count: int, folder: str, *command: object) -> int:
     itself.
     """
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    shared["VIT_MNIST_STORE"] = os.path.join(folder, "store")  # src/distributed.py reads it
+    shared["VIT_MNIST_STORE"] = os.path.join(folder, "store")  # src/common/distributed.py reads it
     for _, name in socket.if_nameindex():
         if name in ("lo", "lo0"):  # on Linux, on macOS
             shared |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}

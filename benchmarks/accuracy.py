@@ -16,7 +16,8 @@ import time
 
 from tqdm import tqdm
 
-import cli
+from common import cli
+from common.device import choose_device
 from recipes import DEFAULTS, RECIPES
 
 TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of the test set
@@ -50,7 +51,7 @@ def main() -> None:
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
 
     rows, reached = [], {}
     for epochs in sorted(args.epochs or []) or [{**DEFAULTS, **RECIPES[args.recipe]}["epochs"]]:

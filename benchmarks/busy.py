@@ -16,14 +16,16 @@ import sys
 import torch
 from torch import nn
 
-import cli
 import optim
+from common import cli
+from common.device import choose_device, choose_precision
+from common.errors import UserError
 from recipes import DEFAULTS
-from speed import keep_memory
+from training.speed import keep_memory
 from vit_model import ViT
 
 SETTINGS = {
-    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},  # its default, which src/startup.py replaces
+    "libgomp's own": {"GOMP_SPINCOUNT": "300000"},  # which src/common/startup.py replaces
     "GOMP_SPINCOUNT=500": {"GOMP_SPINCOUNT": "500"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
     "GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},
@@ -37,7 +39,7 @@ def steps(number: int) -> list[float]:
     """Seconds of each of so many steps of the default network, after three for warm-up."""
     keep_memory()
     device = torch.device("cpu")
-    precision = cli.choose_precision("auto", device)
+    precision = choose_precision("auto", device)
     torch.manual_seed(0)
     model = ViT().train()
     optimizer = optim.build_optimizer("AdamW", model, lr=1e-3, weight_decay=1e-4)
@@ -71,8 +73,8 @@ def main() -> None:
     report.add_record(parser)
     cli.add_device(parser)
     args = parser.parse_args()
-    if args.device != "auto" and cli.choose_device(args.device).type != "cpu":
-        raise cli.UserError(f"--device {args.device}: this is about the threads of a CPU")
+    if args.device != "auto" and choose_device(args.device).type != "cpu":
+        raise UserError(f"--device {args.device}: this is about the threads of a CPU")
     if args.one:
         print(json.dumps(steps(args.one)))
         return

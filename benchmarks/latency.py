@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-import cli
-from checkpoint import load_checkpoint
-from export import onnx_session, to_bytes, to_onnx
+from common import cli
+from common.device import choose_device
+from deploy.export import onnx_session, to_bytes, to_onnx
+from saving.checkpoint import load_checkpoint
 from vit_model import ViT
 
 
@@ -29,7 +30,7 @@ def main() -> None:
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     torch.set_num_threads(args.threads)
     model = load_checkpoint(args.checkpoint)[0] if args.checkpoint else ViT().eval()
     runtimes: dict[str, Callable] = {}

@@ -10,8 +10,9 @@ import argparse
 
 from tqdm import tqdm
 
-import cli
-from cli import UserError
+from common import cli
+from common.device import choose_device
+from common.errors import UserError
 
 # The call, and the flags that differ from the common ones.
 OPTIMIZERS: list[tuple[str, list[str]]] = [
@@ -57,7 +58,7 @@ def main() -> None:
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     chosen = [each for each in OPTIMIZERS if each[0].lower().startswith(args.only.lower())]
     if not chosen:
         raise UserError(f"--only {args.only}: no call begins with it; leave it out for all")

@@ -19,12 +19,13 @@ from scipy import ndimage
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-import cli
-from checkpoint import find_checkpoint, load_checkpoint
-from cli import UserError
-from digit_image import read_digit
-from predict import predict
-from utils import load_dataset
+from common import cli
+from common.device import choose_device
+from common.errors import UserError
+from data.load import load_dataset
+from deploy.digit_image import read_digit
+from deploy.predict import predict
+from saving.checkpoint import find_checkpoint, load_checkpoint
 
 Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
 
@@ -328,7 +329,7 @@ def main() -> None:
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     model, checkpoint = load_checkpoint(find_checkpoint(args.checkpoint))
     model = model.to(device)
     if args.save:

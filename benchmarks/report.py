@@ -16,13 +16,13 @@ from typing import Any
 SRC = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SRC))
 
-import startup  # noqa: E402, F401 before PyTorch
+import common.startup  # noqa: E402, F401 before PyTorch
 
 import torch  # noqa: E402
 
-import cli  # noqa: E402
-from cli import UserError  # noqa: E402
-from files import write_text  # noqa: E402
+from common.device import describe_threads  # noqa: E402
+from common.errors import UserError  # noqa: E402
+from common.files import write_text  # noqa: E402
 
 RECORDS = Path(__file__).with_name("RECORDS.md")
 
@@ -82,7 +82,7 @@ def publish(
     """
     flags = [arg for arg in sys.argv[1:] if arg != "--record"]
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *flags])
-    machine = f"{processor()}, {cli.describe_threads()}"
+    machine = f"{processor()}, {describe_threads()}"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}; {machine}"
     lines = [

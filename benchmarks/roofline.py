@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import cli
 import optim
+from common import cli
+from common.device import choose_device
 from recipes import DEFAULTS, RECIPES
-from speed import compile_network, keep_memory
 from train import MODEL_SETTINGS
+from training.speed import compile_network, keep_memory
 from vit_model import ViT
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     keep_memory()
     settings = {**DEFAULTS, **RECIPES[args.recipe]}
     torch.manual_seed(0)

@@ -6,7 +6,6 @@ all. The all-reduce is that of the gradients alone, one vector of fp32.
 """
 
 import report  # finds src
-import startup
 
 import os
 import statistics
@@ -17,14 +16,15 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-import cli
-import distributed
 import optim
-from distributed import World
+from common import cli, distributed, startup
+from common.device import choose_device, choose_precision
+from common.distributed import World
+from data.mnist import load_mnist
 from recipes import DEFAULTS
-from speed import keep_memory
 from train import Totals, train_steps
-from utils import load_mnist, make_loaders
+from training.speed import keep_memory
+from utils import make_loaders
 from vit_model import ViT, count_parameters
 
 
@@ -37,7 +37,7 @@ def work(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     world = World(rank, size, rank)
     device = distributed.device_of(world, device)
-    precision = cli.choose_precision("auto", device)
+    precision = choose_precision("auto", device)
     with distributed.joined(world, device):
         torch.manual_seed(0)
         model = ViT().to(device).train()
@@ -89,7 +89,7 @@ def main() -> None:
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     load_mnist(args.data_dir)  # tells what is wrong with it in one line
     threads = {size: max(1, startup.cores() // size) for size in args.processes}
     turns = [

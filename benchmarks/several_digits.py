@@ -17,12 +17,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import cli
-from checkpoint import find_checkpoint, load_checkpoint
-from cli import UserError
-from digit_image import read_digits
-from predict import answer
-from utils import load_dataset
+from common import cli
+from common.device import choose_device
+from common.errors import UserError
+from data.load import load_dataset
+from deploy.digit_image import read_digits
+from deploy.predict import answer
+from saving.checkpoint import find_checkpoint, load_checkpoint
 from vit_model import ViT
 
 PRINTED = (
@@ -226,7 +227,7 @@ def main() -> None:
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     model, checkpoint = load_checkpoint(find_checkpoint(args.checkpoint))
     model = model.to(device)
     split = getattr(load_dataset("mnist", args.data_dir), args.split)

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-import cli
 import optim
 import utils
+from common import cli
+from common.device import choose_device
+from common.errors import UserError
+from data.mnist import load_mnist
 from recipes import DEFAULTS
-from speed import compile_network, keep_memory
 from train import Totals, train_steps
+from training.speed import compile_network, keep_memory
 from vit_model import TransformerBlock, ViT
 
 ADAMW = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
@@ -139,14 +142,14 @@ def main() -> None:
     cli.add_device(parser)
     report.add_record(parser)
     args = parser.parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     images = args.steps * args.batch_size
     if images > 54_000:
-        raise cli.UserError(
+        raise UserError(
             f"--steps x --batch_size are {images} images, MNIST trains on 54,000: lower one"
         )
     keep_memory()
-    dataset = utils.load_mnist(args.data_dir)
+    dataset = load_mnist(args.data_dir)
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
     criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS["label_smoothing"])
 
@@ -181,7 +184,7 @@ def main() -> None:
             ours.send((precision, args.steps))
             return ours.recv()
         except (EOFError, OSError):
-            raise cli.UserError("the process of the plain way ended, see above") from None
+            raise UserError("the process of the plain way ended, see above") from None
 
     loops = {}
     for precision in ("fp32", "bf16"):

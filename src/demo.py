@@ -1,6 +1,6 @@
 """A web page to draw a digit on: what the network reads, what it received, where it looked."""
 
-import startup  # noqa: F401 before PyTorch
+import common.startup  # noqa: F401 before PyTorch
 
 import argparse
 import socket
@@ -8,9 +8,10 @@ from ipaddress import ip_address
 
 import torch
 
-import cli
-from checkpoint import find_checkpoint, load_checkpoint
-from cli import UserError
+from common import cli
+from common.device import choose_device
+from common.errors import UserError
+from saving.checkpoint import find_checkpoint, load_checkpoint
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
@@ -60,13 +61,13 @@ def in_url(host: str) -> str:
 def main() -> None:
     args = parse_args()
     try:
-        from demo_app import make_app, serve
+        from deploy.demo_app import make_app, serve
     except ModuleNotFoundError as error:  # an extra, since the other scripts do without
         raise UserError(
             f"the page needs the package {error.name}: start it with python3 launch.py demo.py, "
             'which installs it, or run pip install ".[demo]" first'
         ) from None
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     path = find_checkpoint(args.checkpoint)
     model, checkpoint = load_checkpoint(path)
     config = checkpoint["model_config"]

@@ -1,6 +1,6 @@
 """Use a trained model: picture its predictions, score it, export it, read one's own digits."""
 
-import startup  # noqa: F401 before PyTorch
+import common.startup  # noqa: F401 before PyTorch
 
 import argparse
 import hashlib
@@ -20,17 +20,19 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import cli
-import explain
-import export
-import figures
-from checkpoint import find_checkpoint, load_checkpoint
-from cli import UserError
-from files import check_writable, replacing, write_json
-from model_report import calibration_errors, write_report
-from predict import FORMATS, answer, list_images, read_images, show
+from analysis import explain, figures
+from analysis.report import calibration_errors, write_report
+from common import cli
+from common.device import choose_device
+from common.errors import UserError
+from common.files import check_writable, replacing, write_json
+from data.dataset import Dataset
+from data.load import load_dataset
+from deploy import export
+from deploy.predict import FORMATS, answer, list_images, read_images, show
 from recipes import DATASET_SETTINGS
-from utils import BatchLoader, Dataset, accuracy, load_dataset
+from saving.checkpoint import find_checkpoint, load_checkpoint
+from utils import BatchLoader, accuracy
 from vit_model import ViT
 
 
@@ -415,7 +417,7 @@ def _check_flags(args: argparse.Namespace, parser: cli.Parser) -> None:
 
 def main() -> None:
     args = parse_args()
-    device = cli.choose_device(args.device)
+    device = choose_device(args.device)
     args.checkpoint = str(find_checkpoint(args.checkpoint))
     model, checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["model_config"]

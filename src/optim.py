@@ -4,7 +4,7 @@ python src/optim.py --list      every name with its arguments and defaults
 python src/optim.py --plot      a picture of all schedules, or of the one given by --scheduler
 """
 
-import startup  # noqa: F401 before PyTorch
+import common.startup  # noqa: F401 before PyTorch
 
 import argparse
 import itertools
@@ -22,9 +22,10 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
 
-import cli
-import oneflow_optim
-from calls import (
+from common import cli
+from common.errors import UserError
+from optimizers import oneflow_optim
+from optimizers.calls import (
     OPTIMIZERS,
     SCHEDULERS,
     Call,
@@ -33,8 +34,7 @@ from calls import (
     parse_call,
     signature_of,
 )
-from cli import UserError
-from muon import Muon
+from optimizers.muon import Muon
 from recipes import DEFAULTS
 
 MAX_HISTORY = 1000  # LBFGS's history_size; each entry is as large as the model
@@ -788,7 +788,7 @@ def main() -> None:
                 title = " ".join([call, *(f"--{flag} {value}" for flag, value in flags.items())])
                 settings = vars(args) | {"scheduler": call} | flags
                 panels.append(_panel(argparse.Namespace(**settings), model, title))
-        import figures  # only here: who imports this file may do without matplotlib
+        from analysis import figures  # only here: who imports this file may do without matplotlib
 
         figures.save(figures.lr_schedules(panels), args.output)
         print(f"Written: {args.output}")

@@ -1,6 +1,6 @@
 """Train the Vision Transformer: arguments, data, model, optimizer, loop, checkpoint, report."""
 
-import startup  # before PyTorch
+import common.startup  # noqa: F401 before PyTorch
 
 import argparse
 import math
@@ -19,30 +19,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-import cli
-import confidence
-import distributed
-import figures
 import optim
-import resume
-from augment import Augment
-from checkpoint import MAX_WEIGHT, load_checkpoint, read_checkpoint, save_checkpoint, versions
-from cli import Stopped, StopSignals, UserError
-from distributed import ALONE, World
-from files import check_writable, held, uninterrupted, write_json, write_text
+from analysis import confidence, figures
+from common import cli, distributed, startup
+from common.device import choose_device, choose_precision, describe_device
+from common.distributed import ALONE, World
+from common.errors import Stopped, UserError
+from common.files import check_writable, held, write_json, write_text
+from common.progress import reset_todo_md, timestamp, update_todo_md
+from common.signals import StopSignals, uninterrupted
+from data.augment import Augment
+from data.dataset import DataMissingError, Dataset
+from data.load import load_dataset
 from recipes import DATASET_SETTINGS, DEFAULTS, RECIPES, fingerprint
-from speed import compile_network, keep_memory
-from utils import (
-    BatchLoader,
-    DataMissingError,
-    Dataset,
-    evaluate,
-    load_dataset,
-    make_loaders,
-    reset_todo_md,
-    timestamp,
-    update_todo_md,
+from saving.checkpoint import (
+    MAX_WEIGHT,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    versions,
 )
+from training import resume
+from training.speed import compile_network, keep_memory
+from utils import BatchLoader, evaluate, make_loaders
 from vit_model import ViT, count_parameters
 
 MODEL_SETTINGS = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "dropout")
@@ -407,7 +406,7 @@ def train_steps(
 def main() -> None:
     args, given = parse_args()
     world = distributed.find_world()
-    device = distributed.device_of(world, cli.choose_device(args.device))
+    device = distributed.device_of(world, choose_device(args.device))
     state = None
     if args.resume is not None:
         source = Path(args.resume) if args.resume else args.save_dir
@@ -452,7 +451,7 @@ def train(
         given: the flags that win over recipe and data set.
         state: what a run has left in its last.pt, to go on from; None: start.
     """
-    precision = cli.choose_precision(args.precision, device)
+    precision = choose_precision(args.precision, device)
     best_path, history_path = args.save_dir / resume.BEST, args.save_dir / "history.json"
     timing_path = args.save_dir / f"timing_{device.type}.txt"
     curves_path = args.output_dir / "training_curves.png"
@@ -525,7 +524,7 @@ def train(
     print(f"data:     {dataset.name}, {' / '.join(sizes)} images to train, validate, test")
     print(f"model:    ViT, {count_parameters(model):,} parameters")
     processes = f", {world.size} processes" if world.size > 1 else ""
-    print(f"device:   {cli.describe_device(device)}{processes}, {precision}, seed {args.seed}")
+    print(f"device:   {describe_device(device)}{processes}, {precision}, seed {args.seed}")
     if device.type == "cpu" and world.size == 1:
         startup.note_busy_cores(torch.get_num_threads())
     shown = {n: v for n, v in settings.items() if v is not None and n not in SHOWN_AS_CALLS}
@@ -544,7 +543,7 @@ def train(
             "seed": args.seed,
             "train_samples": args.train_samples,
         },
-        "device": cli.describe_device(device),
+        "device": describe_device(device),
         "processes": world.size,
         "precision": precision,
         "parameters": count_parameters(model),
@@ -779,7 +778,7 @@ def train(
     }
     total_seconds = sum(row["seconds"] for row in history["epochs"])
     timing = {
-        "device": cli.describe_device(device),
+        "device": describe_device(device),
         "epochs": settings["epochs"],
         "batch_size": settings["batch_size"],
         "total_train_time": f"{total_seconds:.2f}",

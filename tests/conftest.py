@@ -1,11 +1,12 @@
 """What several test files share: running a script's `main`, in this process or in others, and one
 small training run."""
 
-import startup  # before PyTorch
+import common.startup  # noqa: F401 before PyTorch
 
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,9 @@ import torch
 import torch._dynamo
 from hypothesis import HealthCheck, settings
 
-import cli
 import train
-from utils import MNIST_FILES
+from common import cli, startup
+from data.mnist import MNIST_FILES
 
 # A shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,6 +36,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA h
 # A run of seconds: the digits, a small network, few passes.
 QUICK = "--device cpu --dataset digits --epochs 15 --batch_size 32 --lr 3e-3".split()
 QUICK += "--depth 2 --embed_dim 48".split()
+
+# One of a second.
+TINY_DIGITS = "--device cpu --dataset digits --depth 1 --embed_dim 16 --num_heads 2".split()
 
 # Fuzzing: few examples and always the same, or many and always others (--hypothesis-profile long).
 # Fixtures are shared by a test's examples on purpose; how long one takes, the tests look at.
@@ -126,6 +130,15 @@ def start():
         return process
 
     return begin
+
+
+def launch(count: int, *flags: object) -> subprocess.Popen:
+    """Train as `count` processes."""
+    command = [sys.executable, ROOT / "launch.py", "--python", sys.executable]
+    command += ["--nproc", count, "train.py", *flags]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture

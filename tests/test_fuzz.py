@@ -35,15 +35,16 @@ from hypothesis import strategies as st
 from mutations import EDITS, STRUCTURE_EDITS, ZIP_EDITS, bounded, edited, restructured, rezipped
 from PIL import Image
 
-import calls
-import digit_image
 import inference
 import optim
 import train
-import utils
-from calls import OPTIMIZERS, SCHEDULERS, parse_call
-from checkpoint import load_checkpoint
-from cli import UserError
+from common.errors import UserError
+from common.progress import TODO_HEADER, TODO_HEADING, reset_todo_md, update_todo_md
+from data.mnist import MNIST_FILES, load_mnist
+from deploy import digit_image
+from optimizers import calls
+from optimizers.calls import OPTIMIZERS, SCHEDULERS, parse_call
+from saving.checkpoint import load_checkpoint
 from vit_model import ViT
 
 RARELY = settings(max_examples=max(8, settings.default.max_examples // 10))  # slow targets
@@ -484,7 +485,7 @@ def folder_with(raw: Path, target: str, content: bytes | None) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     for entry in list(raw.iterdir()):
         entry.rmdir() if entry.is_dir() else entry.unlink()
-    for file in utils.MNIST_FILES:
+    for file in MNIST_FILES:
         if not target.startswith(file):
             (raw / f"{file}.gz").symlink_to(MNIST / "MNIST" / "raw" / f"{file}.gz")
     if content is not None:
@@ -494,7 +495,7 @@ def folder_with(raw: Path, target: str, content: bytes | None) -> None:
 def check_mnist(data_dir: Path) -> None:
     with bounded(memory=600 << 20):
         try:
-            data = utils.load_mnist(data_dir)
+            data = load_mnist(data_dir)
         except UserError as error:
             assert_one_line(error)
             return
@@ -506,7 +507,7 @@ def check_mnist(data_dir: Path) -> None:
 @needs_mnist
 @RARELY
 @given(
-    file=st.sampled_from(sorted(utils.MNIST_FILES)),
+    file=st.sampled_from(sorted(MNIST_FILES)),
     ending=st.sampled_from(sorted(BOTH)),
     edits=EDITS,
     inside=st.booleans(),
@@ -539,7 +540,7 @@ def test_what_stands_in_a_file_of_mnists_place_is_refused_at_once(tmp_path, offl
         folder_with(raw, target, None)
         place(raw / target)
         with bounded(memory=200 << 20), pytest.raises(UserError) as caught:
-            utils.load_mnist(tmp_path)
+            load_mnist(tmp_path)
         assert_one_line(caught.value)
         assert target.removesuffix(".gz") in str(caught.value)
 
@@ -696,7 +697,7 @@ def test_an_image_that_is_a_program_is_not_run(folder, monkeypatch):
 
 # ----------------------------------------------------------------------------- TODO.md, by hand
 
-HEADER = utils.TODO_HEADER
+HEADER = TODO_HEADER
 LINES = st.sampled_from(
     [
         *HEADER,
@@ -707,7 +708,7 @@ LINES = st.sampled_from(
         "|  | 2 |",
         "|",
         "||||||||",
-        utils.TODO_HEADING,
+        TODO_HEADING,
         "Data set: mnist",
         "# Notes",
         "",
@@ -755,18 +756,18 @@ def test_todo_files_keep_what_is_not_ours(folder, content, epoch, epochs, reset)
     before, after = around_the_table(content)
     with bounded():
         if reset:
-            utils.reset_todo_md(epochs, path, "mnist")
+            reset_todo_md(epochs, path, "mnist")
             # The line above the table that names the data set is ours too.
             before = re.sub(rb"(\A|\n)Data set: [^\n]*\n\r?\n\Z", rb"\1", before)
             rows = rows_of(path.read_bytes())
             assert [row[:2] for row in rows] == [[str(i + 1), "not started"] for i in range(epochs)]
             again = path.read_bytes()
-            utils.reset_todo_md(epochs, path, "mnist")
+            reset_todo_md(epochs, path, "mnist")
             assert path.read_bytes() == again
-        utils.update_todo_md(epoch, 0.5, 97.0, True, path)
+        update_todo_md(epoch, 0.5, 97.0, True, path)
         once = path.read_bytes()
-        utils.update_todo_md(epoch, 0.5, 97.0, True, path)
-        utils.update_todo_md(epoch, 0.25, 98.0, False, path)
+        update_todo_md(epoch, 0.5, 97.0, True, path)
+        update_todo_md(epoch, 0.25, 98.0, False, path)
     now = path.read_bytes()
     assert once.startswith(before) and now.startswith(before)
     assert once.endswith(after) and now.endswith(after)
@@ -779,8 +780,8 @@ def test_a_long_todo_file_is_quick(folder):
     path = folder.parent / "TODO.md"
     path.write_bytes(b"x" * 10**7 + b"\n" * 10**6 + HEADER[0].encode() + b"\n|" * 10**5)
     with bounded(seconds=10):
-        utils.update_todo_md(1, 0.5, 97.0, True, path)
-        utils.reset_todo_md(10, path)
+        update_todo_md(1, 0.5, 97.0, True, path)
+        reset_todo_md(10, path)
 
 
 # -------------------------------------------------------------------------------- flags and calls

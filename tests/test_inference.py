@@ -12,9 +12,10 @@ from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
 from matplotlib.image import imread
 from PIL import Image
 
-import figures
 import inference
-from utils import load_digits, load_mnist
+from analysis import figures
+from data.digits import load_digits
+from data.mnist import load_mnist
 from vit_model import ViT
 
 

@@ -13,11 +13,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
-import oneflow_optim
 import optim
-from calls import OPTIMIZERS, SCHEDULERS, parse_call
-from cli import UserError
-from muon import Muon
+from common.errors import UserError
 from optim import (
     GALLERY,
     WeightAverage,
@@ -26,6 +23,9 @@ from optim import (
     clip_gradients,
     needs_closure,
 )
+from optimizers import oneflow_optim
+from optimizers.calls import OPTIMIZERS, SCHEDULERS, parse_call
+from optimizers.muon import Muon
 from vit_model import ViT
 
 SCRIPT = Path(__file__).parent.parent / "src" / "optim.py"

@@ -17,9 +17,10 @@ from matplotlib.image import imread
 
 import optim
 import train
-from checkpoint import load_checkpoint
+from data.digits import load_digits
 from recipes import DATASET_SETTINGS, DEFAULTS, RECIPES
-from utils import evaluate, load_digits, make_loaders
+from saving.checkpoint import load_checkpoint
+from utils import evaluate, make_loaders
 
 TINY = "--device cpu --dataset digits --train_samples 100 --batch_size 50".split()
 TINY += "--depth 1 --embed_dim 16".split()

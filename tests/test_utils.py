@@ -5,19 +5,24 @@ import math
 import re
 
 import pytest
+import sklearn.datasets
 import torch
 from conftest import MNIST, needs_mnist
 from torch import nn
 
 import utils
-from augment import Augment, erase, resample, smooth
-from cli import UserError
-from utils import BatchLoader, Split, accuracy, evaluate, reset_todo_md, update_todo_md
+from common.errors import UserError
+from common.progress import reset_todo_md, update_todo_md
+from data.augment import Augment, erase, resample, smooth
+from data.dataset import DataMissingError, Split
+from data.digits import load_digits
+from data.mnist import MNIST_FILES, load_mnist
+from utils import BatchLoader, accuracy, evaluate
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return utils.load_digits()
+    return load_digits()
 
 
 @pytest.fixture
@@ -36,12 +41,11 @@ def test_digits_are_divided_without_overlap_or_loss(digits):
     assert [len(part) for part in parts] == [1437, 180, 180]
     # Some of scikit-learn's digits are equal to the last pixel, so count them as a multiset.
     keys = [image.numpy().tobytes() for part in parts for image in part.images]
-    from sklearn.datasets import load_digits
-
-    assert len(keys) == len(load_digits().target) == 1797
+    target = sklearn.datasets.load_digits().target
+    assert len(keys) == len(target) == 1797
     labels = torch.cat([part.labels for part in parts])
-    assert torch.equal(labels.bincount(), torch.from_numpy(load_digits().target).bincount())
-    assert torch.equal(utils.load_digits().train.images, digits.train.images)
+    assert torch.equal(labels.bincount(), torch.from_numpy(target).bincount())
+    assert torch.equal(load_digits().train.images, digits.train.images)
 
 
 def test_digits_have_mnists_form(digits):
@@ -55,7 +59,7 @@ def test_digits_have_mnists_form(digits):
 
 @needs_mnist
 def test_mnist_is_divided_as_published():
-    data = utils.load_mnist(MNIST)
+    data = load_mnist(MNIST)
     assert [len(part) for part in (data.train, data.val, data.test)] == [54_000, 6_000, 10_000]
     labels = torch.cat((data.train.labels, data.val.labels))
     assert labels.bincount().tolist()[:3] == [5923, 6742, 5958]
@@ -69,10 +73,10 @@ def test_mnist_is_divided_as_published():
 def test_unpacked_mnist_files_serve_too(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in utils.MNIST_FILES:
+    for name in MNIST_FILES:
         packed = (MNIST / "MNIST" / "raw" / f"{name}.gz").read_bytes()
         (raw / name).write_bytes(gzip.decompress(packed))
-    data, same = utils.load_mnist(tmp_path), utils.load_mnist(MNIST)
+    data, same = load_mnist(tmp_path), load_mnist(MNIST)
     assert torch.equal(data.train.images, same.train.images)
     assert torch.equal(data.test.labels, same.test.labels)
 
@@ -82,7 +86,7 @@ def test_unpacked_mnist_files_serve_too(tmp_path):
         images.write_bytes(damaged)
         message = rf"t10k-images-idx3-ubyte is damaged: {len(damaged)} bytes .*2646ac647ad5339dbf"
         with pytest.raises(UserError, match=message):
-            utils.load_mnist(tmp_path)
+            load_mnist(tmp_path)
 
 
 @needs_mnist
@@ -96,10 +100,10 @@ def test_get_mnist_loaders_gives_the_three_splits():
 def test_a_damaged_file_is_named_with_what_was_expected(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in utils.MNIST_FILES:
+    for name in MNIST_FILES:
         (raw / f"{name}.gz").write_bytes(b"not the published file")
     with pytest.raises(UserError) as caught:
-        utils.load_mnist(tmp_path)
+        load_mnist(tmp_path)
     message = str(caught.value)
     assert "train-images-idx3-ubyte.gz is damaged" in message
     assert "f68b3c2dcbeaaa9fbdd348bbdeb94873" in message and "delete it" in message
@@ -107,10 +111,10 @@ def test_a_damaged_file_is_named_with_what_was_expected(tmp_path):
 
 
 def test_missing_files_are_named_with_where_they_go(tmp_path, offline):
-    with pytest.raises(utils.DataMissingError) as caught:
-        utils.load_mnist(tmp_path / "none")
+    with pytest.raises(DataMissingError) as caught:
+        load_mnist(tmp_path / "none")
     message = str(caught.value)
-    for name, file in utils.MNIST_FILES.items():
+    for name, file in MNIST_FILES.items():
         assert f"{name}.gz (MD5 {file.packed_md5})" in message
     assert str(tmp_path / "none" / "MNIST" / "raw") in message
 
@@ -119,8 +123,8 @@ def test_missing_files_are_named_with_where_they_go(tmp_path, offline):
 def test_a_failed_download_removes_the_folders_that_it_made_and_no_others(tmp_path, offline, there):
     (tmp_path / there).mkdir(parents=True, exist_ok=True)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(utils.DataMissingError):
-        utils.load_mnist(tmp_path / "data" / "mnist")
+    with pytest.raises(DataMissingError):
+        load_mnist(tmp_path / "data" / "mnist")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -1,0 +1,1 @@
+"""What a trained model does, in figures, numbers and a report."""

@@ -1,0 +1,165 @@
+"""What a model's answers are worth: how sure it is, and whether an image is a digit at all.
+
+`fit` sets both when training has ended, a temperature and a measure of strangeness, and they go
+into the checkpoint as `calibration`. In the comments on shapes, beside the letters of vit_model.py,
+
+    L: blocks that are looked at, up to three     K: classes     n: images
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.dataset import Split
+from utils import BatchLoader
+from vit_model import ViT
+
+NONE = {"temperature": 1.0}  # of a checkpoint without: nothing is strange
+MAX_TEMPERATURE = 100.0  # and its inverse is the least
+TRAINING_IMAGES = 6000  # that tell how images of a class differ: more make no difference
+SHRINKAGE = 0.01  # of the mean variance, added to all: some directions have next to none
+FALSE_ALARMS = 0.01  # share of the validation images that are called strange
+
+
+@torch.no_grad()
+def fit(model: ViT, train: Split, val: BatchLoader) -> dict[str, Any]:
+    """Set temperature and measure of strangeness.
+
+    Args:
+        model: in evaluation mode.
+        train: the training images, on the model's device; the first `TRAINING_IMAGES` are used.
+        val: the validation images, as the model reads them, not shuffled.
+
+    Returns:
+        `temperature`, by `fit_temperature` on the validation images; `whitening` (L, D, D) and
+        `centres` (L, K, D) of `strangeness`, from the training images; and `threshold`, the
+        strangeness that `FALSE_ALARMS` of the validation images exceed. Tensors are on the CPU.
+    """
+    logits, vectors, labels = _read_all(model, val)
+    plain = BatchLoader(train[:TRAINING_IMAGES], val.batch_size, val.mean, val.std)
+    _, known, classes = _read_all(model, plain)
+    present, index = classes.unique(return_inverse=True)
+    means = torch.stack([known[index == k].mean(dim=0) for k in range(len(present))])  # (K, L, D)
+    spread = (known - means[index]).transpose(0, 1)  # (L, n, D)
+    covariance = spread.mT @ spread / len(known)  # (L, D, D)
+    variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    covariance += (SHRINKAGE * variance + 1e-8) * torch.eye(covariance.shape[1])
+    # Half of the bytes: a rounded matrix serves as well, and the rest is computed with it.
+    whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).bfloat16()
+    centres = means.transpose(0, 1) @ whitening.double().mT
+    calibration = {"whitening": whitening, "centres": centres.float()}
+    limit = strangeness(vectors.float(), calibration).quantile(1 - FALSE_ALARMS)
+    temperature = fit_temperature(logits, labels)
+    return {"temperature": temperature, "threshold": limit.item(), **calibration}
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature T with which softmax(logits / T) makes the labels most likely.
+
+    Of few images all may be right, and T would be 0. So the labels count as if one in n + 2 were
+    drawn at random, much as in Platt, "Probabilistic Outputs for Support Vector Machines" (1999),
+    section 2.2.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2.
+
+    Args:
+        logits: (n, K).
+        labels: (n,).
+
+    Returns:
+        T in [1 / MAX_TEMPERATURE, MAX_TEMPERATURE]. The class stays the same with any.
+    """
+    n, num_classes = logits.shape
+    logits, drawn = logits.double(), 1 / (n + 2)
+    targets = (1 - drawn) * torch.nn.functional.one_hot(labels, num_classes) + drawn / num_classes
+    low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE  # of 1 / T, in which the loss is convex
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        slope = (((logits * middle).softmax(dim=1) - targets) * logits).sum()
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return 1 / middle
+
+
+def read(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (B, K), and what `strangeness` looks at: the mean tokens after a third, two thirds
+    and all of the blocks, (B, L, D).
+
+    Args:
+        images: normalised, (B, in_chans, img_size, img_size), on the model's device.
+    """
+    vectors, chosen = [], _blocks(len(model.blocks))
+    x = model.embed(images)
+    for number, block in enumerate(model.blocks, 1):
+        x = block(x)
+        if number in chosen:
+            vectors.append(x.mean(dim=1))
+    return model.head(model.pooled(x)), torch.stack(vectors, dim=1)
+
+
+def strangeness(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
+    """How far images are from all classes: the squared Mahalanobis distance to the nearest class
+    mean, with one covariance for all classes, summed over blocks.
+
+        sum over blocks of min over classes c of (x - m_c)^T C^-1 (x - m_c)
+
+    What the head reads is not enough: a trained network lays strange images beside those of a class
+    there. Earlier blocks still tell them apart.
+
+    Source: Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
+    Adversarial Attacks" (2018), equations 1 and 2 and "feature ensemble", with equal weights.
+
+    Shape: (B, L, D) -> (B,), on the CPU, where the calibration is.
+    """
+    white = vectors.cpu().transpose(0, 1) @ calibration["whitening"].float().mT  # (L, B, D)
+    return torch.cdist(white, calibration["centres"]).square().amin(dim=2).sum(dim=0)
+
+
+def is_strange(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
+    """Whether an image may be no digit: more strange than validation images are, bool (B,)."""
+    if "threshold" not in calibration:
+        return torch.zeros(len(vectors), dtype=torch.bool)
+    return strangeness(vectors, calibration) > calibration["threshold"]
+
+
+def validated(calibration: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """A calibration that a stranger may have made, with what is used of it.
+
+    Args:
+        config: the model's, checked.
+
+    Raises:
+        ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError: it is
+            none of such a model, or holds numbers that nobody can compute with.
+    """
+    temperature = float(calibration["temperature"])
+    if not 1 / MAX_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise ValueError("its temperature is out of range")
+    if "threshold" not in calibration:
+        return {"temperature": temperature}
+    blocks, dim = len(_blocks(config["depth"])), config["embed_dim"]
+    whitening, centres = calibration["whitening"], calibration["centres"]
+    classes = min(max(1, centres.shape[1]), config["num_classes"])
+    shapes = {"whitening": (blocks, dim, dim), "centres": (blocks, classes, dim)}
+    for name, tensor in {"whitening": whitening, "centres": centres}.items():
+        if tensor.shape != shapes[name] or tensor.layout is not torch.strided:
+            raise ValueError(f"its {name} is of another shape")
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise ValueError(f"its {name} is not all numbers to compute with")
+    threshold = float(calibration["threshold"])
+    if not 0 <= threshold < float("inf"):
+        raise ValueError("its threshold is out of range")
+    tensors = {"whitening": whitening, "centres": centres.float()}
+    return {"temperature": temperature, "threshold": threshold, **tensors}
+
+
+def _blocks(depth: int) -> set[int]:
+    """The blocks, counted from 1, after which the tokens are looked at."""
+    return {-(-depth * part // 3) for part in (1, 2, 3)}
+
+
+def _read_all(model: ViT, loader: BatchLoader) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (n, K), vectors (n, L, D) and labels (n,) of all images, on the CPU, in fp64."""
+    parts = [(*read(model, images), labels) for images, labels in loader]
+    logits, vectors, labels = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return logits.double(), vectors.double(), labels

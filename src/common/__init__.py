@@ -1,0 +1,1 @@
+"""What every script needs: flags, errors, signals, several processes, progress."""

@@ -1,0 +1,181 @@
+"""What the command lines share: flags, checked values, one-line errors, signals, exit statuses."""
+
+import argparse
+import difflib
+import errno
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from common import startup
+from common.errors import PeerLostError, Stopped, UserError, is_out_of_memory
+
+MAX_MESSAGE = 3000  # characters
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that takes flags with underscores or hyphens and errs in one line."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(
+            **kwargs, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        for arg in args:
+            if re.fullmatch(r"--\w+=--", arg):  # which argparse takes for no value at all
+                raise UserError(f"{arg[:-3]} needs a value, -- given: see --help")
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise UserError(f"unknown argument {unknown[0]}: {hint}")
+        return parsed
+
+    def given(self, args: Sequence[str] | None = None) -> dict[str, Any]:
+        """The arguments that the command line names, without those that have a default only."""
+        defaults = [action.default for action in self._actions]
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        try:
+            return vars(self.parse_args(args))
+        finally:
+            for action, default in zip(self._actions, defaults, strict=True):
+                action.default = default
+
+    def error(self, message: str) -> None:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _with_underscores(arg: str) -> str:
+    """`--batch-size=64` -> `--batch_size=64`; values are left as they are."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def integer(minimum: int, maximum: int = 2**31) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` to `maximum`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value <= maximum:
+            limit = f" and at most {maximum}" if value is not None and value > maximum else ""
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} given, expected a whole number of at least {minimum}{limit}"
+            )
+        return value
+
+    return parse
+
+
+def number(minimum: float, maximum: float = math.inf, *, above: bool = False) -> Callable:
+    """An argparse type: a finite number from `minimum` (or `above` it) to below `maximum`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (minimum < value if above else minimum <= value) or not value < maximum:
+            expected = f"{'above' if above else 'of at least'} {minimum:g}"
+            expected += f" and below {maximum:g}" if maximum < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r} given, expected a number {expected}")
+        return value
+
+    return parse
+
+
+def add_data_dir(group: argparse._ArgumentGroup) -> None:
+    """The flag `--data_dir`."""
+    group.add_argument("--data_dir", default="./mnist", help="folder with MNIST, or to fetch it to")
+
+
+def add_device(group: argparse._ArgumentGroup) -> None:
+    """The flag `--device`; `choose_device` reads it."""
+    group.add_argument(
+        "--device", default="auto", help="auto (CUDA, else CPU), cpu, cuda or cuda:N"
+    )
+
+
+def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> None:
+    """Print a result on a test set, in the lines of training's end."""
+    print(f"Test Loss: {loss:.4f}\nTest Acc: {top1:.2f} %\nTest Top-5: {top5:.2f} %  ({dataset})")
+
+
+def _fail(message: str, status: int = 2, *, alone: bool = False) -> None:
+    message = " ".join(message.split())
+    if len(message) > MAX_MESSAGE:  # it quotes what was given
+        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+    # Processes that train together stumble over the same thing: one of each machine says it, but
+    # for what happens to one `alone`.
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main` and end the process.
+
+    The status is 0, 2 after a `UserError`, 1 where the machine failed, 130 after Ctrl-C, 141 where
+    nobody reads the output any more, 129 where the terminal was closed.
+    """
+    startup.imports_are_done()
+    if hasattr(sys.stdout, "reconfigure"):  # a pipe's reader sees each line at once
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        try:
+            _run(main)
+        finally:
+            print(end="", flush=True)  # fails here rather than while Python ends
+    except OSError as error:
+        if error.errno != errno.EPIPE and not _terminal_is_closed():
+            raise
+        for stream in (1, 2):  # for what is still to be written at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        # As from SIGPIPE, which Python ignores, and from SIGHUP.
+        sys.exit(141 if error.errno == errno.EPIPE else 129)
+
+
+def _terminal_is_closed() -> bool:
+    """Whether stdout or stderr is a terminal that is gone; a failing disk raises EIO as well."""
+    try:
+        for stream in (1, 2):
+            os.write(stream, b"")
+    except OSError as error:
+        return error.errno == errno.EIO
+    return False
+
+
+def _run(main: Callable[[], None]) -> None:
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error))
+    except PeerLostError as error:
+        _fail(str(error), 1)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        sys.exit(stop.status)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            advice = "take a smaller network, or to train one a smaller --batch_size"
+            _fail(f"out of memory; {advice}", alone=True)
+        if type(error).__name__ != "AcceleratorError":  # PyTorch's
+            raise
+        advice = "what was saved is whole, go on from it with --resume"
+        _fail(f"the GPU failed ({error}); {advice}", 1, alone=True)
+    except KeyboardInterrupt as interrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(str(interrupt) or "interrupted", file=sys.stderr)
+        sys.exit(130)

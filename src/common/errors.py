@@ -1,0 +1,27 @@
+"""The ways in which a script ends early, each with its message."""
+
+
+class UserError(Exception):
+    """Wrong usage or input, in one line: what was given, what was expected, what to do."""
+
+
+class PeerLostError(Exception):
+    """Another process of the run is gone, and with it this one's work."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the work in good order: what was kept, and how to go on.
+
+    Args:
+        signal_number: of the signal; the exit status is 128 more, as shells have it.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the CPU or the GPU has no more; the CPU's allocator has no exception of its own."""
+    names = {kind.__name__ for kind in type(error).__mro__}  # without importing PyTorch
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)

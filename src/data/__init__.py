@@ -1,0 +1,1 @@
+"""What images there are: one module a source, and the random changes of training."""

@@ -1,0 +1,218 @@
+"""Answers the web page of demo.py: its files, and what the network reads in a picture."""
+
+import asyncio
+import io
+import socket
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from analysis.explain import attention_weights, patch_map, rollout
+from common.errors import UserError
+from deploy.digit_image import Digit, Reading, read_digits
+from deploy.predict import predict
+from vit_model import ViT, count_parameters
+
+PAGE = Path(__file__).with_name("demo_page")
+FILES = {"/": "index.html", "/script.js": "script.js", "/style.css": "style.css"}
+FILES["/icon.svg"] = "icon.svg"
+MAX_MB = 10  # of a picture; also in script.js, which spares the way
+MAX_DISCARDED_MB = 200  # of a larger one read past, so that its sender gets to read the answer
+MAX_SECONDS = 30  # to receive it
+MAX_CONNECTIONS = 100
+MAX_CONNECTIONS_OF_A_CLIENT = 50
+MAX_HEAD_SECONDS = 10  # to receive a request's head, from the connection or the last answer on
+HEADERS = {
+    # Nothing from elsewhere, on neither side.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> Starlette:
+    """The page's files, `GET /model` and `POST /predict`.
+
+    Args:
+        model: in evaluation mode; it takes images of 1x28x28.
+        checkpoint: as `load_checkpoint` returns it.
+        hosts: names in a request's Host header that are answered. A page from elsewhere whose name
+            was made to lead here (DNS rebinding) has another. ("*",) answers all.
+    """
+    worker = ThreadPoolExecutor(max_workers=1)  # one picture after the other: nothing is shared
+    blank = Digit(np.zeros((28, 28), np.uint8), (0, 0, 28, 28))
+    worker.submit(answer, model, checkpoint, Reading((blank,), (28, 28)))  # the first is slow
+
+    async def describe(_: Request) -> Response:
+        about = {"dataset": checkpoint["dataset"], "validation": checkpoint["best_acc"]}
+        about["class_names"] = checkpoint["class_names"]
+        return JSONResponse({**about, "parameters": count_parameters(model)})
+
+    async def read(request: Request) -> Response:
+        refuse_other_sites(request)
+        picture = io.BytesIO(await receive(request))
+        subject = "drawing" if "drawing" in request.query_params else "picture"
+
+        def work() -> dict[str, Any]:
+            reading = read_digits(picture, "that you sent", subject=subject)
+            return answer(model, checkpoint, reading)
+
+        try:
+            return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, work))
+        except UserError as error:
+            raise HTTPException(422, str(error)) from None
+
+    routes = [Route(path, page_file(name)) for path, name in FILES.items()]
+    routes += [Route("/model", describe), Route("/predict", read, methods=["POST"])]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
+        exception_handlers={
+            HTTPException: lambda _, error: say(error.detail, error.status_code),
+            ClientDisconnect: lambda *_: Response(status_code=400),  # nobody is there to read it
+            Exception: lambda *_: say("this went wrong here; the terminal says how", 500),
+        },
+    )
+
+
+def refuse_other_sites(request: Request) -> None:
+    """Raise HTTPException if a browser says that the page of another site sends this request.
+
+    Programs that are no browser send none of these headers; browsers send `Origin` with every POST,
+    and `Sec-Fetch-Site` to this computer and over HTTPS.
+    """
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    foreign = origin is not None and origin.partition("://")[2] != request.headers.get("host")
+    if foreign or site not in (None, "none", "same-origin"):
+        raise HTTPException(403, "the page of another site may not ask; open this page itself")
+
+
+def answer(model: ViT, checkpoint: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """What the page shows of the digits in a picture.
+
+    Returns:
+        `size` of the picture; `digits` in the order in which they are written, each with its
+        `prediction`, the classes' `probabilities`, its `box` in the picture, whether it
+        `may_be_no_digit`, the rows of 28x28 pixels `received`, and `attention`, the rollout's
+        rows over the patches.
+    """
+    images = np.stack([digit.pixels for digit in reading.digits])
+    predictions = predict(model, images, checkpoint)
+    mean, std = checkpoint["normalization"]["mean"], checkpoint["normalization"]["std"]
+    pixels = torch.from_numpy(images).to(next(model.parameters()).device).unsqueeze(1) / 255
+    attention = patch_map(rollout(attention_weights(model, (pixels - mean) / std)), model)
+    digits = [
+        {
+            "prediction": checkpoint["class_names"][int(probabilities.argmax())],
+            "probabilities": probabilities.tolist(),
+            "box": digit.box,
+            "may_be_no_digit": bool(strange),
+            "received": digit.pixels.tolist(),
+            "attention": looked.tolist(),
+        }
+        for digit, probabilities, strange, looked in zip(
+            reading.digits, *predictions, attention, strict=True
+        )
+    ]
+    return {"size": reading.size, "digits": digits}
+
+
+async def receive(request: Request) -> bytes:
+    """A request's body. Raises HTTPException if it is too large, empty or too slow to come."""
+    picture, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(MAX_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= MAX_MB * 2**20:
+                    picture += chunk
+                elif size > MAX_DISCARDED_MB * 2**20:
+                    break
+    except TimeoutError:
+        raise HTTPException(408, "the picture took too long to arrive; try again") from None
+    if size > MAX_MB * 2**20:
+        raise HTTPException(413, f"this file is too large: expected at most {MAX_MB} MB")
+    if not size:
+        raise HTTPException(400, "nothing was sent; expected the bytes of an image file")
+    return bytes(picture)
+
+
+def page_file(name: str):
+    """The endpoint that serves one file of the page."""
+
+    async def endpoint(_: Request) -> Response:
+        return FileResponse(PAGE / name)
+
+    return endpoint
+
+
+def say(message: str, status: int) -> Response:
+    """What went wrong, for the page to show."""
+    return JSONResponse({"error": message}, status)
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection, for clients that open many or send nothing.
+
+    uvicorn waits for a request for ever, and answers nobody once MAX_CONNECTIONS wait.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.opened = self.loop.time()
+        self.address = self.client and self.client[0]
+        self.wait_for_request()
+        same = [other for other in self.connections if other.address == self.address]
+        if len(same) > MAX_CONNECTIONS_OF_A_CLIENT:
+            oldest = min(same, key=attrgetter("opened"))
+            self.connections.discard(oldest)  # now: it is told of its end only later
+            oldest.transport.abort()
+
+    def on_response_complete(self) -> None:
+        self.wait_for_request()
+        super().on_response_complete()
+
+    def wait_for_request(self) -> None:
+        """Close the connection unless another request has begun in MAX_HEAD_SECONDS."""
+
+        def check(last: object) -> None:
+            if self.cycle is last:  # the request at hand, or the one answered last
+                self.transport.abort()
+
+        self.loop.call_later(MAX_HEAD_SECONDS, check, self.cycle)
+
+
+def serve(app: Starlette, listener: socket.socket) -> None:
+    """Answer requests at a listening socket until Ctrl-C."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        headers=list(HEADERS.items()),
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=2,
+    )
+    with suppress(KeyboardInterrupt):  # the usual way to end a server; all is closed by then
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,334 @@
+"""A trained model as a file that runs without this project: ONNX, or a program of torch.export."""
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.errors import UserError
+from data.dataset import Split
+from vit_model import ViT
+
+if TYPE_CHECKING:
+    import onnx
+
+MODES = ("onnx", "torch_export")
+# Largest difference of an output from PyTorch's. int8's is no measure: it goes by the classes.
+TOLERANCE = {"fp32": 1e-4, "fp16": 0.05}
+MAX_LOSS = 1.0  # percentage points of validation accuracy, beyond what chance explains
+CALIBRATION_IMAGES = 1000
+LATENCY_CALLS = 300
+
+Run = Callable[[Tensor], Tensor]  # a network, in whatever runtime
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of an export."""
+    group = parser.add_argument_group("for onnx; --raw_input for torch_export, too")
+    group.add_argument(
+        "--quantize",
+        default="none",
+        choices=["none", "int8"],
+        help="int8: weights and the activations before them in 8 bits, ranges from training images",
+    )
+    group.add_argument("--half", action="store_true", help="weights and activations in fp16")
+    group.add_argument(
+        "--raw_input",
+        action="store_true",
+        help="uint8 pixels in, probabilities out: normalisation and softmax are in the file",
+    )
+
+
+# -------------------------------------------------------------------------------------- the files
+
+
+class RawInput(nn.Module):
+    """A network with what stands before and after it: pixels in, class probabilities out.
+
+    Shape: uint8 (B, C, S, S) -> (B, num_classes).
+    """
+
+    def __init__(
+        self, network: nn.Module, mean: float, std: float, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.mean, self.std, self.temperature = mean, std, temperature
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (self.network(self.normalize(pixels)) / self.temperature).softmax(dim=1)
+
+
+def describe(checkpoint: dict[str, Any], precision: str, raw_input: bool) -> dict[str, str]:
+    """What a user of the file has to know, and can read from it."""
+    config = checkpoint["model_config"]
+    shape = f"(batch, {config['in_chans']}, {config['img_size']}, {config['img_size']})"
+    classes = f"float32 (batch, {config['num_classes']}), one for each of class_names"
+    if raw_input:
+        images, outputs = "pixels from 0 to 255, light on black, not normalised", "probabilities"
+    else:
+        images = "(pixel / 255 - mean) / std, light on black"
+        outputs = "logits (softmax of logits / temperature gives probabilities)"
+    return {
+        "dataset": checkpoint["dataset"],
+        "class_names": json.dumps(checkpoint["class_names"]),
+        "mean": str(checkpoint["normalization"]["mean"]),
+        "std": str(checkpoint["normalization"]["std"]),
+        "temperature": str(checkpoint["calibration"]["temperature"]),
+        "input": f"{'uint8' if raw_input else 'float32'} {shape}: {images}",
+        "output": f"{outputs}, {classes}",
+        "precision": precision,
+    }
+
+
+@torch.no_grad()
+def to_onnx(network: nn.Module, sample: Tensor) -> "onnx.ModelProto":
+    """The network, on the CPU, as an ONNX model: `input` to `output`, with a free batch axis.
+
+    Args:
+        sample: a batch of at least two, as the network takes it.
+    """
+    model = torch.onnx.export(
+        network,
+        (sample,),
+        input_names=["input"],
+        output_names=["output"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        opset_version=20,  # the first with Gelu; 17 brought LayerNormalization
+        dynamo=True,
+        verbose=False,
+    ).model_proto
+    for part in (model.graph, *model.graph.node):
+        del part.metadata_props[:]  # lines of source code, with the folder that they lie in
+    return model
+
+
+def to_half(model: "onnx.ModelProto") -> "onnx.ModelProto":
+    """The model in fp16, by ONNX Runtime's converter; input and output keep their types."""
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    half = OnnxModel(model)
+    half.convert_float_to_float16(use_symbolic_shape_infer=False, keep_io_types=True)
+    half.topological_sort()
+    return half.model
+
+
+def to_int8(model: "onnx.ModelProto", images: Tensor) -> "onnx.ModelProto":
+    """The model with 8-bit products of activations and weights, by ONNX Runtime's static quantizer.
+
+    Each column of a weight has a scale of its own; the two products within attention stay in fp32.
+
+    Args:
+        images: (n, C, S, S), as the network takes them; they tell the activations' ranges.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Batches(CalibrationDataReader):
+        batches = iter(images.split(100))
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"input": batch.numpy()}
+
+    weights = {tensor.name for tensor in model.graph.initializer}
+    attention = [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and node.input[1] not in weights
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        exported, prepared, quantized = (str(Path(folder, f"{i}.onnx")) for i in range(3))
+        onnx.save(model, exported)
+        quant_pre_process(exported, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            quantized,
+            Batches(),
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            nodes_to_exclude=attention,
+            per_channel=True,
+            reduce_range=True,  # 7 bits: x86 CPUs without VNNI add up pairs of products in 16
+        )
+        return onnx.load(quantized)
+
+
+def to_bytes(model: "onnx.ModelProto", metadata: dict[str, str] | None = None) -> bytes:
+    """The content of a checked `.onnx` file that says `metadata` of itself."""
+    import onnx
+
+    onnx.helper.set_model_props(model, metadata or {})
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+def onnx_session(content: bytes) -> Run:
+    """An ONNX model in ONNX Runtime, on the CPU, with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["output"], {"input": x.numpy()})[0])
+
+
+def to_program(network: nn.Module, sample: Tensor, metadata: dict[str, str]) -> bytes:
+    """The network as a `.pt2` file of torch.export, with `metadata.json` in it."""
+    dynamic_shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(network, (sample,), dynamic_shapes=dynamic_shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # as in to_onnx
+    content = io.BytesIO()
+    extra_files = {"metadata.json": json.dumps(metadata)}
+    torch.export.save(program, content, extra_files=extra_files)
+    return content.getvalue()
+
+
+# ------------------------------------------------------------------------- what a file is worth
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a file will hold, beside the network that it was made from."""
+
+    content: bytes
+    run: Run  # the file, in the runtime that it is for
+    network: nn.Module  # PyTorch's
+    prepare: Callable[[Tensor], Tensor]  # uint8 pixels to what both take
+    image_shape: tuple[int, int, int]
+
+    def random_images(self, batch: int) -> Tensor:
+        return self.prepare(torch.randint(256, (batch, *self.image_shape), dtype=torch.uint8))
+
+    @torch.inference_mode()
+    def largest_difference(self) -> float:
+        """Of an output, over batches of 1, 7 and 128 random images."""
+        batches = [self.random_images(batch) for batch in (1, 7, 128)]
+        differences = [(self.run(x) - self.network(x)).abs().max() for x in batches]
+        return float(torch.stack(differences).max())  # NaN, if there is one
+
+    @torch.inference_mode()
+    def classes(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """PyTorch's and the file's class (n,) of each image, uint8 (n, C, S, S)."""
+        batches = tqdm(images.split(500), "validating", disable=None, leave=False)
+        pairs = [(self.network(x), self.run(x)) for x in map(self.prepare, batches)]
+        expected, found = (torch.cat(outputs).argmax(1) for outputs in zip(*pairs, strict=True))
+        return expected, found
+
+    @torch.inference_mode()
+    def latencies(self) -> tuple[float, float]:
+        """PyTorch's and the file's seconds for one image, each the median of `LATENCY_CALLS`."""
+        image = self.random_images(1)
+
+        def seconds(call: Run) -> float:
+            start = time.perf_counter()
+            call(image)
+            return time.perf_counter() - start
+
+        def median(call: Run) -> float:
+            return statistics.median([seconds(call) for _ in range(20 + LATENCY_CALLS)][20:])
+
+        return median(self.network), median(self.run)
+
+
+def export(
+    model: ViT,
+    checkpoint: dict[str, Any],
+    *,
+    mode: str = "onnx",
+    precision: str = "fp32",
+    raw_input: bool = False,
+    calibration: Tensor | None = None,
+) -> Exported:
+    """Export a model.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        checkpoint: what `load_checkpoint` gave with the model.
+        mode: one of `MODES`.
+        precision: "fp32", or of ONNX "fp16" and "int8".
+        raw_input: put normalisation, temperature and softmax into the file.
+        calibration: for int8, training images without augmentation, uint8 (n, C, S, S).
+    """
+    config = checkpoint["model_config"]
+    temperature = checkpoint["calibration"]["temperature"]
+    wrapped = RawInput(model, **checkpoint["normalization"], temperature=temperature).eval()
+    network, prepare = (wrapped, lambda pixels: pixels) if raw_input else (model, wrapped.normalize)
+    image_shape = (config["in_chans"], config["img_size"], config["img_size"])
+    sample = prepare(torch.zeros(2, *image_shape, dtype=torch.uint8))
+    metadata = describe(checkpoint, precision, raw_input)
+    if mode == "torch_export":
+        content = to_program(network, sample, metadata)
+        run = torch.export.load(io.BytesIO(content)).module()
+    else:
+        exported = to_onnx(network, sample)
+        if precision == "fp16":
+            exported = to_half(exported)
+        if precision == "int8":
+            exported = to_int8(exported, prepare(calibration))
+        content = to_bytes(exported, metadata)
+        run = onnx_session(content)
+    return Exported(content, run, network, prepare, image_shape)
+
+
+def compare(exported: Exported, precision: str, name: str, val: Split | None) -> str:
+    """Hold the file `name` against PyTorch: size, accuracy if there are validation images, latency.
+
+    Returns:
+        A table for people.
+
+    Raises:
+        UserError: an output differs from PyTorch's by more than `TOLERANCE`, or the validation
+            accuracy is lower by more than `MAX_LOSS`.
+    """
+    advice = "not written"
+    if precision != "fp32":
+        advice += "; export it without --half and --quantize"
+    notes = []
+    if precision in TOLERANCE:
+        difference = exported.largest_difference()
+        notes += [f"largest difference from PyTorch on batches of 1, 7 and 128: {difference:.1e}"]
+        if not difference <= TOLERANCE[precision]:
+            raise UserError(
+                f"{name} in {precision} differs from PyTorch by {difference:.1e}, expected at most "
+                f"{TOLERANCE[precision]:.0e}: {advice}"
+            )
+    weights = exported.network.state_dict().values()
+    sizes = sum(tensor.numel() * tensor.element_size() for tensor in weights), len(exported.content)
+    rows = [["", "PyTorch", name], ["size", *(f"{size / 1e6:.2f} MB" for size in sizes)]]
+    if val is not None:  # not the test set: this decides something
+        expected, found = exported.classes(val.images)
+        before, after = (100 * float((c == val.labels).double().mean()) for c in (expected, found))
+        different = int((expected != found).sum())
+        same = f"{len(val) - different:,} of {len(val):,} validation images"
+        notes += [f"same class as PyTorch: {same}"]
+        rows += [["validation accuracy", f"{before:.2f} %", f"{after:.2f} %"]]
+        # Of few images chance alone may take more (McNemar, 1947): two standard deviations.
+        chance = 100 * 2 * different**0.5 / len(val)
+        if before - after > MAX_LOSS + chance:
+            raise UserError(
+                f"{name} in {precision} has a validation accuracy of {after:.2f} %, expected at "
+                f"most {MAX_LOSS:g} point below PyTorch's {before:.2f} %: {advice}"
+            )
+    rows += [["latency, one image", *(f"{1000 * s:.2f} ms" for s in exported.latencies())]]
+    notes += [f"latency: CPU, threads: {torch.get_num_threads()}, median of {LATENCY_CALLS} calls"]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
+    lines = ["".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(lines + notes)

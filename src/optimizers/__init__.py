@@ -1,0 +1,1 @@
+"""What moves the weights: calls as text, schedules, averages, optimizers beyond PyTorch's."""

@@ -1,0 +1,222 @@
+"""What happens before PyTorch is imported: the environment, the cores there are, Ctrl-C."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from common import startup
+
+SCRIPTS = [ROOT / "src" / f"{name}.py" for name in ("train", "inference", "demo", "optim")]
+BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "report")
+OURS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "RANK")
+# Runs a script up to its first import of something large, and prints the environment there.
+UP_TO_PYTORCH = """
+import os, runpy, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "numpy", "scipy", "sklearn"):
+            print(*(os.environ.get(name) for name in sys.argv[1:]), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+script = sys.stdin.read()
+sys.path[:0] = [os.path.dirname(script), "src"]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def environment(**given: str) -> dict[str, str]:
+    return {**{name: value for name, value in os.environ.items() if name not in OURS}, **given}
+
+
+def at_pytorchs_import(script, *names: str, **given: str) -> list[str]:
+    command = [sys.executable, "-c", UP_TO_PYTORCH, *names]
+    done = subprocess.run(
+        command,
+        input=str(script),
+        cwd=ROOT,
+        env=environment(**given),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, *BENCHMARKS, ROOT / "tests" / "conftest.py"], ids=lambda path: path.name
+)
+def test_the_spin_count_is_set_before_anything_with_threads_is_imported(script):
+    assert at_pytorchs_import(script, "GOMP_SPINCOUNT") == [str(startup.SPIN_COUNT)]
+
+
+def test_what_the_user_has_set_stays():
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    for given, found in (
+        ({"GOMP_SPINCOUNT": "7"}, ["7", "None", "None"]),
+        ({"OMP_WAIT_POLICY": "passive"}, ["None", "passive", "None"]),
+        (
+            {"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "2"},
+            [str(startup.SPIN_COUNT), "None", "3"],
+        ),
+    ):
+        assert at_pytorchs_import(SCRIPTS[0], *names, **given) == found
+
+
+def test_processes_share_the_cores():
+    one = max(1, startup.cores() // 2)
+    found = at_pytorchs_import(SCRIPTS[0], "OMP_NUM_THREADS", LOCAL_WORLD_SIZE="2")
+    assert found == [str(one)]
+    found = at_pytorchs_import(SCRIPTS[0], "OMP_NUM_THREADS", LOCAL_WORLD_SIZE="1000")
+    assert found == ["1"]
+
+
+# ---- cores --------------------------------------------------------------------------------------
+
+BEFORE = """cpu  400 0 400 9000 200 0 0 0 0 0
+cpu0 100 0 100 4000 100 0 0 0 0 0
+cpu1 100 0 100 2000 100 0 0 0 0 0
+cpu10 200 0 200 3000 0 0 0 0 0 0
+intr 12345 0 0
+"""
+# Of 20 ticks each: core 0 idles for 19, core 1 computes, core 10 is some other machine's (stolen).
+AFTER = """cpu  421 0 400 9019 200 0 0 20 0 0
+cpu0 101 0 100 4017 102 0 0 0 0 0
+cpu1 120 0 100 2000 100 0 0 0 20 0
+cpu10 200 0 200 3000 0 0 0 20 0 0
+intr 12399 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("cores", "free"), [({0}, 1), ({1}, 0), ({10}, 0), ({0, 1}, 1), ({0, 1, 10}, 1), ({0, 7}, 2)]
+)
+def test_free_cores_are_those_that_idle_between_two_readings(cores, free):
+    assert startup.count_free(BEFORE, AFTER, cores) == free
+
+
+def test_without_a_tick_between_them_no_core_is_called_busy():
+    assert startup.count_free(BEFORE, BEFORE, {0, 1}) == 2
+
+
+def test_where_the_system_does_not_tell_nothing_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(startup, "STAT", tmp_path / "none")
+    assert startup.free_cores(0) is None
+    startup.note_busy_cores(64)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("free", "threads", "note"),
+    [
+        (1, 2, "note: 3 of 4 cores are busy with other work: OMP_NUM_THREADS=1 in front of "),
+        (3, 4, "note: 1 of 4 cores is busy with other work: OMP_NUM_THREADS=3 in front of "),
+        (0, 4, "note: 4 of 4 cores are busy with other work: OMP_NUM_THREADS=1 in front of "),
+        (2, 2, ""),
+        (4, 8, ""),  # more threads than there are cores
+        (0, 1, ""),  # fewer than one thread there cannot be
+    ],
+)
+def test_a_busy_machine_is_told_with_what_helps(monkeypatch, capsys, free, threads, note):
+    monkeypatch.setattr(startup, "free_cores", lambda: free)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    startup.note_busy_cores(threads)
+    said = capsys.readouterr().err
+    assert said.startswith(note) and said.count("\n") == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("", 8)],
+)
+def test_a_containers_quota_limits_the_cores(monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr(startup, "CPU_MAX", tmp_path / "cpu.max")
+    assert startup.cores() == cores
+
+
+# ---- Ctrl-C and a reader who has gone ------------------------------------------------------------
+
+
+SLOW = """
+import os, time
+try:
+    print("importing", flush=True)
+    time.sleep({})
+except BaseException:  # as some packages do
+    pass
+os._exit(7)
+"""
+
+
+@pytest.fixture
+def importing(tmp_path):
+    """importing(script, **options) -> a process of it that has begun to import PyTorch."""
+
+    def start(script, seconds: float, **options) -> subprocess.Popen:
+        for name in ("torch", "numpy"):
+            (tmp_path / f"{name}.py").write_text(SLOW.format(seconds))
+        process = subprocess.Popen(
+            [sys.executable, script],
+            env=environment(PYTHONPATH=str(tmp_path), **options.pop("env", {})),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+        assert process.stdout.readline() == "importing\n"
+        return process
+
+    return start
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("script", [*SCRIPTS, BENCHMARKS[0]], ids=lambda path: path.name)
+def test_ctrl_c_while_pytorch_is_imported_ends_in_one_line(importing, script):
+    process = importing(script, 60)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_of_several_processes_the_first_says_so(importing):
+    process = importing(SCRIPTS[0], 60, env={"RANK": "1"})
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (130, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_that_is_ignored_stays_ignored(importing):
+    def ignore() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = importing(SCRIPTS[0], 0.5, preexec_fn=ignore)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (7, "")
+
+
+def test_the_tests_own_ctrl_c_is_left_alone():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_gone_leaves_no_traceback(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, ROOT / "src" / "optim.py", "--list"],
+        env=environment(PYTHONUNBUFFERED=unbuffered),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

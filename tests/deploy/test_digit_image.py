@@ -1,0 +1,162 @@
+"""Pictures of digits, drawings and photos of paper, come out in the form of MNIST's images."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from conftest import MNIST, ROOT, needs_mnist
+from PIL import Image
+
+from common.errors import UserError
+from data.digits import load_digits
+from data.mnist import load_mnist
+from deploy.digit_image import read_digit
+from deploy.printed_lines import without_lines
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from paper import KINDS, photograph
+
+DIGITS = load_digits().test.images[:, 0].numpy()
+
+
+def as_file(pixels: np.ndarray) -> io.BytesIO:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
+
+
+# ----------------------------------------------------------------------------------- drawings
+
+
+def disc(height: int, width: int, row: float, column: float, radius: float) -> np.ndarray:
+    y, x = np.ogrid[:height, :width]
+    return ((y - row) ** 2 + (x - column) ** 2 < radius**2).astype(np.uint8) * 255
+
+
+@pytest.mark.parametrize("size", [(28, 28), (300, 200), (40, 900)])
+def test_a_digit_is_scaled_into_its_box_and_centred_by_mass(tmp_path, size):
+    height, width = size
+    picture = disc(height, width, height * 0.4, width * 0.6, 11)
+    for name, pixels in (("light.png", picture), ("dark.png", 255 - picture)):
+        Image.fromarray(pixels).save(tmp_path / name)
+        digit = read_digit(tmp_path / name)
+        assert digit.shape == (28, 28) and digit.dtype == np.uint8 and digit.max() == 255
+        rows, columns = np.nonzero(digit > 100)
+        assert np.ptp(rows) in (18, 19) and np.ptp(columns) in (18, 19)
+        mass = digit / digit.sum()
+        assert (mass.sum(1) @ np.arange(28)) == pytest.approx(14, abs=0.6)
+        assert (mass.sum(0) @ np.arange(28)) == pytest.approx(14, abs=0.6)
+
+
+def test_proportions_are_kept(tmp_path):
+    bar = np.zeros((100, 100), dtype=np.uint8)
+    bar[10:90, 48:56] = 255  # 80 high, 8 wide
+    Image.fromarray(bar).save(tmp_path / "one.png")
+    rows, columns = np.nonzero(read_digit(tmp_path / "one.png") > 127)
+    assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 2)
+
+
+def test_faint_and_thin_marks_on_a_large_page_survive(tmp_path):
+    page = np.zeros((3000, 3000), dtype=np.uint8)
+    page[500, 500] = page[2500, 2400] = 255
+    Image.fromarray(page).save(tmp_path / "dust.png")
+    assert read_digit(tmp_path / "dust.png").max() == 255
+    page[500:2500, 1200] = 255  # one pixel wide
+    Image.fromarray(page).save(tmp_path / "line.png")
+    assert (read_digit(tmp_path / "line.png") > 200).any(axis=1).sum() >= 18
+
+
+def test_a_turned_photo_is_set_upright(tmp_path):
+    bar = np.full((60, 60), 255, dtype=np.uint8)
+    bar[28:32, 5:55] = 0  # lies; its EXIF says: turn by 90 degrees
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(bar).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    rows, columns = np.nonzero(read_digit(tmp_path / "photo.jpg") > 127)
+    assert np.ptp(rows) > np.ptp(columns)
+
+
+@needs_mnist
+def test_mnists_own_images_come_out_as_they_are(tmp_path):
+    same = 0
+    for image in load_mnist(MNIST).test.images[:100, 0].numpy():
+        Image.fromarray(image).save(tmp_path / "digit.png")
+        difference = read_digit(tmp_path / "digit.png").astype(int) - image
+        same += np.abs(difference).mean() < 0.5  # of 255: a faint edge may be taken for paper
+    assert same >= 97
+
+
+def test_a_file_object_gives_what_its_path_gives_and_is_named_in_messages(tmp_path):
+    Image.fromarray(DIGITS[0]).save(tmp_path / "digit.png")
+    content = (tmp_path / "digit.png").read_bytes()
+    assert np.array_equal(read_digit(io.BytesIO(content)), read_digit(tmp_path / "digit.png"))
+    with pytest.raises(UserError, match="image my upload cannot be read"):
+        read_digit(io.BytesIO(content[:40]), "my upload")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (5, 7), (3, 9000), (120, 90), (120, 90, 3)])
+def test_any_picture_gives_a_digit_or_one_message(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for picture in (pixels, pixels // 200 * 255, np.zeros_like(pixels)):
+        try:
+            digit = read_digit(as_file(picture), "x")
+        except UserError as error:
+            assert str(error).startswith("image x ")
+        else:
+            assert digit.shape == (28, 28) and digit.max() == 255
+
+
+def test_the_strokes_of_a_fine_pen_are_widened():
+    page = np.full((400, 400), 255, dtype=np.uint8)
+    page[80:320, 120:123] = page[80:83, 120:280] = 0
+    stem = read_digit(as_file(page))[14:22].astype(float)
+    assert stem.sum(axis=1) / 255 == pytest.approx(1.6, abs=0.3)  # 3 pixels of 240 were 0.25
+
+
+def test_specks_are_left_out():
+    one, other = (np.asarray(Image.fromarray(d).resize((200, 200))) for d in DIGITS[:2])
+    speck = np.zeros_like(other)
+    speck[95:100, 95:100] = 255
+    assert likeness(read_digit(as_file(np.hstack([one, speck]))), read_digit(as_file(one))) > 0.99
+
+
+# -------------------------------------------------------------------------------------- photos
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_digit_on_paper_comes_back(name):
+    """Four digits of each kind that the benchmark measures are much like what they were."""
+    generator = np.random.default_rng(1)
+    found = []
+    for digit in DIGITS[:4]:
+        photo = io.BytesIO(photograph(digit, KINDS[name], generator))
+        found.append(likeness(read_digit(photo), read_digit(as_file(digit))))
+    # A tilted digit stays tilted; strokes of a thin pen are not as wide.
+    least = 0.45 if KINDS[name].tilt else 0.6 if KINDS[name].thin else 0.8
+    assert np.mean(found) > least, found
+
+
+@pytest.mark.parametrize("name", ["ruled", "squared", "uneven light", "shadow", "grain and noise"])
+def test_bare_paper_is_blank(name):
+    for seed in range(2):
+        nothing = np.zeros((28, 28), dtype=np.uint8)
+        photo = photograph(nothing, KINDS[name], np.random.default_rng(seed))
+        with pytest.raises(UserError, match="is blank"):
+            read_digit(io.BytesIO(photo))
+
+
+def test_lines_from_edge_to_edge_go_and_strokes_that_cross_them_stay():
+    ink = np.zeros((300, 400), dtype=np.float32)
+    x = np.arange(400)
+    for row in (60, 150, 240):
+        ink[(row + 0.1 * (x - 200)).round().astype(int), x] = 0.4
+    ink[40:260, 180:190] = ink[100:106, 180:300] = 0.9
+    left = without_lines(ink)
+    strokes = ink > 0.8
+    assert left[strokes].min() > 0.85 and left[~strokes].max() < 0.1

@@ -1,0 +1,190 @@
+"""Several processes train as one: the same gradients, exact metrics, one that dies ends all."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_DIGITS, assert_one_error_line, launch
+from test_resume import read
+
+import train
+from common import distributed
+from common.distributed import World
+from common.errors import UserError
+from data.digits import load_digits
+from utils import make_loaders
+
+# One step of plain gradient descent on 70 images: the weights' change is the gradient.
+ONE_STEP = [*TINY_DIGITS, *"--train_samples 70 --batch_size 70 --epochs 1".split()]
+ONE_STEP += "--optimizer SGD(lr=1) --dropout 0 --rotate 0 --translate 0".split()
+ONE_STEP += "--precision fp32 --grad_clip 0".split()
+
+
+@pytest.fixture
+def together(start):
+    """together(count, folder, flags): train there with so many processes, to the end."""
+
+    def train_together(count: int, folder: Path, *flags: object) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        processes = []
+        for rank in map(str, range(count)):
+            place = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            processes.append(start(folder, flags, place))
+        for rank, process in enumerate(processes):
+            process.join(120)
+            assert process.exitcode == 0, (folder / f"err{rank}.txt").read_text()
+
+    return train_together
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses where a process waits for connections, in hexadecimal as /proc has them."""
+    files = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            files.add(os.readlink(link))
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    rows = [row.split() for table in tables for row in table.splitlines()[1:]]
+    return [
+        address.partition(":")[0]
+        for _, address, _, state, *_, inode in (row[:10] for row in rows)
+        if state == "0A" and f"socket:[{inode}]" in files
+    ]
+
+
+def test_every_image_is_in_one_process_and_the_batch_is_the_same():
+    data = load_digits()
+    for size in (1, 2, 3, 7):
+        loaders = [
+            make_loaders(data, 100, augment=None, world=World(rank, size), train_samples=250)[0]
+            for rank in range(size)
+        ]
+        for step, parts in enumerate(zip(*loaders, strict=True)):
+            images = torch.cat([images for images, _ in parts])
+            assert max(len(y) for _, y in parts) - min(len(y) for _, y in parts) <= 1
+            whole, labels = loaders[0].batch_of_all(0, step)
+            assert torch.equal(images, whole) and len(labels) == loaders[0].size_of(step)
+            alone = make_loaders(data, 100, augment=None, train_samples=250)[0]
+            assert torch.equal(alone.batch_of_all(0, step)[0], whole)
+        assert sum(loaders[0].size_of(step) for step in range(3)) == 250
+
+
+def test_gradients_are_those_of_one_process(run, folder, together):
+    """Also in parts, one after the other, and where 3 processes share 70 images unevenly."""
+    folder("alone")
+    assert run(train.main, *ONE_STEP).status == 0
+    expected = read(Path("checkpoints/last.pt"))["model_state_dict"]
+    largest = max(tensor.abs().max().item() for tensor in expected.values())
+    for count, parts in ((1, 4), (2, 1), (3, 2)):
+        here = folder(f"{count}x{parts}")
+        if count == 1:
+            assert run(train.main, *ONE_STEP, "--grad_accum_steps", parts).status == 0
+        else:
+            together(count, here, *ONE_STEP, "--grad_accum_steps", parts)
+            assert f"{count} processes" in Path("out0.txt").read_text()
+            assert Path("out1.txt").read_text() == "" == Path("err1.txt").read_text()
+        found = read(Path("checkpoints/last.pt"))["model_state_dict"]
+        for name in expected:
+            assert (found[name] - expected[name]).abs().max() <= 1e-6 * max(largest, 1)
+
+
+def test_checkpoints_move_between_one_and_two_processes_and_metrics_are_exact(
+    run, folder, together
+):
+    here = folder("run")
+    flags = [*TINY_DIGITS, "--train_samples", 200, "--batch_size", 30, "--lr", 1e-2]
+    together(2, here, *flags, "--epochs", 3, "--ema_decay", 0.9)
+    history = Path("checkpoints/history.json")
+    of_two = json.loads(history.read_text())
+    assert of_two["processes"] == 2 and len(read(Path("checkpoints/last.pt"))["random"]) == 2
+    # Nothing is left to train: the same model is scored by one process.
+    assert run(train.main, "--resume").status == 0
+    assert json.loads(history.read_text())["test"] == of_two["test"]
+    assert run(train.main, "--resume", "--epochs", 4).status == 0
+    together(2, here, "--resume", "--epochs", 5)
+    rows = json.loads(history.read_text())["epochs"]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_one_that_dies_ends_the_others_and_ctrl_c_stops_all_in_one_step(folder):
+    folder("run")
+    flags = [*TINY_DIGITS, "--batch_size", 30, "--epochs", 10**5, "--save_every_steps", 5]
+    for number in (signal.SIGKILL, signal.SIGINT):
+        last = Path("checkpoints/last.pt")
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = launch(2, *(["--resume"] if before else flags))
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and (
+            not last.exists() or last.stat().st_mtime_ns == before
+        ):
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        addresses = {address for child in children for address in listening(int(child))}
+        assert addresses == {"0100007F"}  # 127.0.0.1: nobody else reaches them
+        if number == signal.SIGKILL:
+            os.kill(int(children[1]), number)
+        else:
+            process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == 2
+            assert "error: process 1 of 2 was ended by SIGKILL" in errors
+            assert "Traceback" not in errors
+        else:
+            assert process.returncode == 130
+            assert len(re.findall(r"^stopped by SIGINT after ", errors, re.MULTILINE)) == 1
+        assert read(last)["position"]["epoch"] >= 0
+
+
+def test_wrong_usage_is_told_once(folder):
+    folder("run")
+    process = launch(2, "--resume", "--epochs", 3)
+    _, errors = process.communicate(timeout=60)
+    lines = [line for line in errors.splitlines() if not line.startswith("launch: ")]
+    assert process.returncode == 2 and len(lines) == 1
+    assert "there is no checkpoints/last.pt to resume" in lines[0]
+
+
+def meet(rank: int, store: str) -> None:
+    """One of two processes, of which one has something to say: each must hear of it."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    world = World(rank, 2, rank, 2)
+    for bad in (0, 1):
+        assert not world.all(torch.tensor(rank != bad))
+    assert world.all(torch.tensor(True)) and not world.all(torch.tensor(False))
+    assert world.sum(torch.tensor([rank + 1.0])).item() == 3
+    assert world.share(rank) == 0 and world.gather(rank) == [0, 1]
+    torch.distributed.destroy_process_group()
+
+
+def test_what_one_process_tells_reaches_all(tmp_path):
+    """A step that is bad in one process is bad in all."""
+    torch.multiprocessing.spawn(meet, (str(tmp_path / "store"),), nprocs=2)
+
+
+def test_places_that_make_no_sense_are_refused(monkeypatch, run):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert_one_error_line(run(train.main), "RANK='2'", "torchrun")
+    monkeypatch.setenv("RANK", "1")
+    assert_one_error_line(run(train.main), "MASTER_ADDR=''", "torchrun")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="a GPU of its own"):
+        distributed.device_of(World(0, 2), torch.device("cuda:0"))
