@@ -123,6 +123,14 @@ def _fail(message: str, status: int = 2, *, alone: bool = False) -> None:
     sys.exit(status)
 
 
+def check_flags(parse_args: Callable[[], object]) -> None:
+    """Answer `--help` or a wrong flag, and end the process, before PyTorch is imported.
+
+    The import takes seconds. A script calls this above it, and parses again in its `main`.
+    """
+    _run_to_exit(parse_args)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process.
 
@@ -132,6 +140,10 @@ def run(main: Callable[[], None]) -> None:
     startup.imports_are_done()
     if hasattr(sys.stdout, "reconfigure"):  # a pipe's reader sees each line at once
         sys.stdout.reconfigure(line_buffering=True)
+    _run_to_exit(main)
+
+
+def _run_to_exit(main: Callable[[], object]) -> None:
     try:
         try:
             _run(main)
@@ -156,7 +168,7 @@ def _terminal_is_closed() -> bool:
     return False
 
 
-def _run(main: Callable[[], None]) -> None:
+def _run(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
