@@ -1,43 +1,127 @@
-"""Settings of a training run, as data."""
+"""What a training run can be told: every flag, the recipes, what a data set changes.
 
+Each flag is one field, with its bounds, its help and its section: the command line, the checks of
+what a file says, and what a checkpoint stores all come from it. Nothing here needs PyTorch, so that
+flags are read before it is imported.
+"""
+
+import argparse
 import hashlib
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-# The published recipe: what a flag is worth if it is not given. None is off, or derived.
-DEFAULTS: dict[str, Any] = {
-    "epochs": 20,
-    "batch_size": 128,
-    "label_smoothing": 0.1,
-    "optimizer": "AdamW",
-    "lr": 1e-3,
-    "head_lr": None,
-    "weight_decay": 1e-4,
-    "no_decay": False,
-    "grad_clip": 1.0,
-    "scheduler": "CosineAnnealingLR",
-    "scheduler_interval": None,
-    "warmup_epochs": 0,
-    "ema_decay": None,
-    "swa_start": None,
-    "swa_lr": None,
-    "swa_anneal_epochs": 10,
-    "swa_anneal_strategy": "cos",
-    "patch_size": 7,
-    "embed_dim": 96,
-    "depth": 16,
-    "num_heads": 4,
-    "mlp_ratio": 4.0,
-    "dropout": 0.1,
-    "pool": "cls",
-    "pos_embed": "learned",
-    "rotate": 7.0,
-    "translate": 0.1,
-    "scale": 0.0,
-    "shear": 0.0,
-    "elastic": 0.0,
-    "erase": 0.0,
+from common import cli
+from common.cli import integer, number
+from common.errors import UserError
+
+SECTIONS = {  # of --help, in its order
+    "data": "data",
+    "recipe": "recipe (the defaults of all flags below are the article's)",
+    "optimization": "optimization (names: python src/optim.py --list)",
+    "model": "model",
+    "augmentation": "augmentation (strengths; 0: off)",
+    "machine": "machine",
+    "resuming": "stopping and resuming",
+    "output": "what is written",
 }
+
+
+def section(name: str, **shared: Any) -> Callable[..., Any]:
+    """A function that makes the fields of one section.
+
+    Its arguments are a flag's default, help, and type (a parser of text that names its bounds), and
+
+        choices: the values there are.
+        changes: whether a resumed run may go on with another value.
+        stored: whether the value belongs to the run, and not to the machine that it is on.
+        off: the value for a checkpoint from before there was this setting; by default the default.
+    """
+
+    def flag(default: Any, help: str, type: Callable[[str], Any] = str, **about: Any) -> Any:
+        about = {"changes": False, "stored": True, "off": default, **shared, **about}
+        return field(
+            default=default, metadata=about | {"section": name, "help": help, "type": type}
+        )
+
+    return flag
+
+
+data_flag, recipe_flag = section("data"), section("recipe")
+optimization_flag, model_flag = section("optimization"), section("model")
+augmentation_flag = section("augmentation", off=0.0)
+machine_flag = section("machine", changes=True)
+resuming_flag = section("resuming", changes=True)
+output_flag = section("output", changes=True, stored=False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run learns. None is off, or derived."""
+
+    epochs: int = recipe_flag(
+        20, "passes over the training images", integer(1, 10**6), changes=True
+    )
+    batch_size: int = recipe_flag(128, "images in a step", integer(1))
+    label_smoothing: float = recipe_flag(0.1, "share of a target spread evenly", number(0, 1))
+
+    optimizer: str = optimization_flag("AdamW", 'a call: "SGD(momentum=0.9, nesterov=True)"')
+    lr: float = optimization_flag(1e-3, "learning rate at the start", number(0, above=True))
+    head_lr: float | None = optimization_flag(
+        None, "learning rate of the head, if it has its own", number(0, above=True)
+    )
+    weight_decay: float = optimization_flag(1e-4, "weight decay", number(0))
+    no_decay: bool = optimization_flag(False, "no decay of biases, norms, CLS token and positions")
+    grad_clip: float = optimization_flag(1.0, "largest global gradient norm; 0: off", number(0))
+    scheduler: str = optimization_flag("CosineAnnealingLR", 'a call: "StepLR(step_size=5)"')
+    scheduler_interval: str | None = optimization_flag(
+        None, "how often the schedule moves", choices=("epoch", "step")
+    )
+    warmup_epochs: int = optimization_flag(0, "linear warm-up before the schedule", integer(0))
+    ema_decay: float | None = optimization_flag(
+        None, "average the weights exponentially, keeping this share a step", number(0, 1)
+    )
+    swa_start: int | None = optimization_flag(
+        None, "average the weights from the end of this epoch on", integer(1)
+    )
+    swa_lr: float | None = optimization_flag(
+        None, "learning rate while --swa_start averages", number(0, above=True)
+    )
+    swa_anneal_epochs: int = optimization_flag(10, "epochs until --swa_lr is reached", integer(0))
+    swa_anneal_strategy: str = optimization_flag(
+        "cos", "shape of the way to --swa_lr", choices=("cos", "linear")
+    )
+
+    patch_size: int = model_flag(7, "side of a patch in pixels; divides 28", integer(1))
+    embed_dim: int = model_flag(96, "width of a token", integer(1, 10**5))
+    depth: int = model_flag(16, "transformer blocks", integer(1, 10**4))
+    num_heads: int = model_flag(4, "attention heads; divide embed_dim", integer(1))
+    mlp_ratio: float = model_flag(4.0, "MLP width over token width", number(0, 1000, above=True))
+    dropout: float = model_flag(0.1, "share of values dropped in training", number(0, 1))
+    pool: str = model_flag(
+        "cls", "what the head reads: CLS, or the tokens' mean", choices=("cls", "mean")
+    )
+    pos_embed: str = model_flag("learned", "position embeddings", choices=("learned", "sincos2d"))
+
+    rotate: float = augmentation_flag(7.0, "degrees, at most, to either side", number(0, 181))
+    translate: float = augmentation_flag(0.1, "shift, at most, in image sides", number(0, 1))
+    scale: float = augmentation_flag(
+        0.0, "the size varies by this share, up and down", number(0, 1)
+    )
+    shear: float = augmentation_flag(
+        0.0, "slant in degrees, at most, to either side", number(0, 90)
+    )
+    elastic: float = augmentation_flag(0.0, "bending: std of the shifts in pixels", number(0, 28))
+    erase: float = augmentation_flag(0.0, "share of images that lose a rectangle", number(0, 1))
+
+    def section(self, name: str) -> dict[str, Any]:
+        """The values of one section by name, as `ViT` takes "model", `Augment` "augmentation"."""
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.metadata["section"] == name
+        }
+
 
 # What `--recipe` names: settings that replace defaults; a flag given by hand wins over them. They
 # were chosen by validation accuracy.
@@ -92,11 +176,196 @@ DATASET_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a run trains on, where it computes and what it writes."""
+
+    data_dir: str = data_flag(
+        "./mnist", "folder with MNIST, or to fetch it to", changes=True, stored=False
+    )
+    dataset: str = data_flag(
+        "auto",
+        "auto: mnist, or, without --data_dir, digits where MNIST can neither be found nor "
+        "downloaded",
+        choices=("auto", *DATASET_SETTINGS),
+    )
+    train_samples: int | None = data_flag(
+        None,
+        "train on the first N images only, for a quick look; None: on all",
+        integer(1),
+        metavar="N",
+    )
+    num_workers: int = data_flag(
+        0, "threads that prepare batches ahead; 0: none", integer(0, 256), changes=True
+    )
+    recipe: str = recipe_flag(
+        "article",
+        "flags by name, from recipes.py: article, the published ones; fast, the least time to "
+        "99 %%; best, the highest accuracy in 20 minutes; flags given beside it win",
+        choices=tuple(RECIPES),
+    )
+    seed: int = recipe_flag(42, "of weights, order, augmentation, dropout", integer(0))
+    device: str = machine_flag("auto", cli.DEVICE_HELP, stored=False)
+    precision: str = machine_flag(
+        "auto",
+        "of training's matrix products; auto: bf16 where the hardware has it",
+        choices=("auto", "fp32", "bf16"),
+        changes=False,
+    )
+    grad_accum_steps: int = machine_flag(
+        1,
+        "a batch passes the network in N parts, one after the other, in less memory; the step is "
+        "the same",
+        integer(1, 10**6),
+        metavar="N",
+    )
+    compile: str = machine_flag(
+        "auto",
+        "the network by torch.compile; auto: on CUDA",
+        choices=("auto", "on", "off"),
+        stored=False,
+    )
+    resume: str | None = resuming_flag(
+        None,
+        "go on with the run that left this last.pt, by default that in --save_dir, as if it had "
+        "never stopped; its settings come with it",
+        stored=False,
+        nargs="?",
+        const="",
+        metavar="PATH",
+    )
+    save_every_steps: int | None = resuming_flag(
+        None,
+        "write last.pt every N steps of an epoch too; None: at its end",
+        integer(1),
+        metavar="N",
+    )
+    on_nonfinite: str = resuming_flag(
+        "stop",
+        "where loss or gradient is infinite or not a number: stop, or skip the step",
+        choices=("stop", "skip"),
+    )
+    save_dir: Path = output_flag(Path("./checkpoints"), "model, history", Path)
+    output_dir: Path = output_flag(Path("./outputs"), "pictures", Path)
+    todo_path: Path = output_flag(Path("./TODO.md"), "progress table", Path)
+
+
+FLAGS: dict[str, Field] = {f.name: f for f in (*fields(Options), *fields(Settings))}
+
+
+def parse_args(flags: Sequence[str] | None = None) -> tuple[Options, dict[str, Any]]:
+    """The options, from the command line by default, and all flags that it names.
+
+    Raises:
+        UserError: a flag is not known, or its value is out of bounds.
+    """
+    parser = cli.Parser(
+        description="Train the Vision Transformer: arguments, data, model, optimizer, loop, "
+        "checkpoint, report."
+    )
+    add_flags(parser, FLAGS.values())
+    parser.parse_args(flags)
+    given = parser.given()
+    return Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given}), given
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Sequence[Field]) -> None:
+    """Add fields of `Settings` and `Options` to a command line, grouped by section."""
+    for name, title in SECTIONS.items():
+        group = parser.add_argument_group(title)
+        for flag in (f for f in flags if f.metadata["section"] == name):
+            wanted = ("help", "type", "choices", "nargs", "const", "metavar")
+            about = {key: flag.metadata[key] for key in wanted if key in flag.metadata}
+            if flag.default is False:
+                about = {"help": about["help"], "action": "store_true"}
+            group.add_argument(f"--{flag.name}", default=flag.default, **about)
+
+
+def resolve(recipe: str, dataset: str, given: Mapping[str, Any]) -> Settings:
+    """The settings of a run: the defaults, what replaces them in the recipe, what the data set asks
+    for, what was given by hand.
+
+    Args:
+        given: flags by name; those that are no settings are left out.
+
+    Raises:
+        UserError: the settings don't fit together.
+    """
+    names = {f.name for f in fields(Settings)}
+    given = {name: value for name, value in given.items() if name in names}
+    s = Settings(**{**RECIPES[recipe], **DATASET_SETTINGS[dataset], **given})
+    if 28 % s.patch_size != 0:
+        raise UserError(
+            f"--patch_size {s.patch_size} does not divide the image's side of 28: "
+            "give 1, 2, 4, 7, 14 or 28"
+        )
+    if round(s.embed_dim * s.mlp_ratio) < 1:
+        raise UserError(f"--mlp_ratio {s.mlp_ratio} leaves the MLP no neuron: raise it")
+    if s.pos_embed == "sincos2d" and s.embed_dim % 4 != 0:
+        raise UserError(
+            f"--embed_dim {s.embed_dim} is not divisible by 4, as --pos_embed sincos2d wants it: "
+            "change one of them"
+        )
+    if s.embed_dim % s.num_heads != 0:
+        raise UserError(
+            f"--embed_dim {s.embed_dim} is not divisible by --num_heads {s.num_heads}: change one "
+            "of them"
+        )
+    return s
+
+
+# --------------------------------------------------------------------------- as a checkpoint has it
+
+
+def to_stored(options: Options, settings: Settings, dataset: str) -> dict[str, Any]:
+    """What a checkpoint tells of a run: its options, without the machine's, and `settings`."""
+    options = {f.name: getattr(options, f.name) for f in fields(options) if f.metadata["stored"]}
+    return {**options, "dataset": dataset, "settings": asdict(settings)}
+
+
+def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """The options and the settings by name that `to_stored` stored, all checked.
+
+    Raises:
+        Exception: one has no such value; a `KeyError` if an option is missing.
+    """
+    settings = {
+        f.name: _stored_value(f, run["settings"].get(f.name, f.metadata["off"]))
+        for f in fields(Settings)
+    }
+    options = {
+        f.name: _stored_value(f, run[f.name]) for f in fields(Options) if f.metadata["stored"]
+    }
+    return Options(**options), settings
+
+
+def _stored_value(flag: Field, value: Any) -> Any:
+    """`value` if the command line would take it for this flag, else an error."""
+    if value is flag.default:
+        return value
+    if type(value) not in (bool, int, float, str) or (type(value) is bool) != (
+        flag.default is False
+    ):
+        raise ValueError(f"its {flag.name} is no value for --{flag.name}")
+    try:
+        value = value if type(value) is bool else flag.metadata["type"](str(value))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"its {flag.name}: {error}") from None
+    if value not in flag.metadata.get("choices", [value]):
+        raise ValueError(f"its {flag.name} is none of {', '.join(flag.metadata['choices'])}")
+    return value
+
+
 # What tells one run from another; the machine doesn't, so that machines can be compared.
 IDENTITY = ("recipe", "dataset", "seed", "train_samples", "settings")
 
 
-def fingerprint(run: dict[str, Any]) -> str:
+def fingerprint(run: Mapping[str, Any]) -> str:
     """12 hexadecimal digits that the files of one run share, and those of its repetitions."""
     text = json.dumps([run[name] for name in IDENTITY], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+for _changes in (*RECIPES.values(), *DATASET_SETTINGS.values()):  # refused when this is imported
+    for _name, _value in _changes.items():
+        _stored_value(FLAGS[_name], _value)

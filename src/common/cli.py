@@ -24,29 +24,26 @@ class Parser(argparse.ArgumentParser):
             **kwargs, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
         for arg in args:
             if re.fullmatch(r"--\w+=--", arg):  # which argparse takes for no value at all
                 raise UserError(f"{arg[:-3]} needs a value, -- given: see --help")
+        defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
+        absent = object()  # argparse gives no default to what is there already
+        namespace = argparse.Namespace(**dict.fromkeys(defaults, absent))
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             raise UserError(f"unknown argument {unknown[0]}: {hint}")
-        return parsed
+        self._given = {name: v for name, v in vars(parsed).items() if v is not absent}
+        return argparse.Namespace(**{**defaults, **self._given})
 
-    def given(self, args: Sequence[str] | None = None) -> dict[str, Any]:
-        """The arguments that the command line names, without those that have a default only."""
-        defaults = [action.default for action in self._actions]
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        try:
-            return vars(self.parse_args(args))
-        finally:
-            for action, default in zip(self._actions, defaults, strict=True):
-                action.default = default
+    def given(self) -> dict[str, Any]:
+        """The arguments that the parsed command line named, without those that have a default only."""
+        return self._given
 
     def error(self, message: str) -> None:
         raise UserError(message.removeprefix("argument "))
@@ -100,11 +97,12 @@ def add_data_dir(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data_dir", default="./mnist", help="folder with MNIST, or to fetch it to")
 
 
+DEVICE_HELP = "auto (CUDA, else CPU), cpu, cuda or cuda:N"
+
+
 def add_device(group: argparse._ArgumentGroup) -> None:
-    """The flag `--device`; `choose_device` reads it."""
-    group.add_argument(
-        "--device", default="auto", help="auto (CUDA, else CPU), cpu, cuda or cuda:N"
-    )
+    """The flag `--device`; `common.device.choose_device` reads it."""
+    group.add_argument("--device", default="auto", help=DEVICE_HELP)
 
 
 def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> None:
