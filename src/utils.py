@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.distributed import ALONE, World
+from common.distributed import SINGLE_PROCESS, World
 from common.progress import update_todo_md  # noqa: F401 re-exported
 from data.augment import Augment
 from data.dataset import Dataset, Split
@@ -24,6 +25,22 @@ PUBLISHED_AUGMENT = Augment()
 
 
 # --------------------------------------------------------------------------------------- batches
+
+
+class Batch(NamedTuple):
+    """What one process gets of a batch: images (B, 1, 28, 28), normalised, and labels (B,)."""
+
+    images: Tensor
+    labels: Tensor
+    size: int  # of the whole batch, in all processes together
+
+
+class Metrics(NamedTuple):
+    """Means over the images of a data set; accuracies in percent."""
+
+    loss: float
+    top1: float
+    top5: float
 
 
 class BatchLoader:
@@ -55,7 +72,7 @@ class BatchLoader:
         shuffle: bool = False,
         seed: int = 42,
         num_workers: int = 0,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self.split = split
         self.batch_size = batch_size
@@ -142,7 +159,7 @@ def make_loaders(
     seed: int = 42,
     train_samples: int | None = None,
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = PUBLISHED_AUGMENT,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
     """Loaders of a data set's training, validation and test images, in memory on `device`.
 
@@ -205,9 +222,9 @@ def evaluate(
     loader: BatchLoader,
     criterion: nn.Module,
     device: str | torch.device,
-    world: World = ALONE,
-) -> tuple[float, float, float]:
-    """Mean loss, top-1 % and top-5 % over all samples, in fp32 and with dropout off.
+    world: World = SINGLE_PROCESS,
+) -> Metrics:
+    """Mean loss, top-1 % and top-5 % over all images, in fp32 and with dropout off.
 
     The means are exact: a smaller last batch weighs less. Of several processes each takes whole
     batches in turn, and all get the result that one alone would get.
@@ -223,5 +240,4 @@ def evaluate(
         batch = criterion(logits, labels) * len(labels), 100 * hits[:, 0].sum(), 100 * hits.sum()
         rows[i] = torch.stack([value.double() for value in batch])
     model.train(training)
-    loss, top1, top5 = (world.sum(rows).sum(dim=0) / len(loader.split)).tolist()
-    return loss, top1, top5
+    return Metrics(*(world.sum(rows).sum(dim=0) / len(loader.split)).tolist())

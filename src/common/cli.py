@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         return argparse.Namespace(**{**defaults, **self._given})
 
     def given(self) -> dict[str, Any]:
-        """The arguments that the parsed command line named, without those that have a default only."""
+        """The arguments that the command line just parsed names."""
         return self._given
 
     def error(self, message: str) -> None:

@@ -83,10 +83,10 @@ class World:
         return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
-class Agreement:
+class StopBroadcast:
     """A number above 0 that one process gives becomes known to all after the same step.
 
     The processes learn in step n + 1 what one of them gave in step n, so that they needn't wait.
@@ -119,7 +119,7 @@ def find_world() -> World:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: os.environ.get(name, "") for name in names}
     if not given["WORLD_SIZE"] or not given["RANK"]:
-        return ALONE
+        return SINGLE_PROCESS
     numbers = [int(value) if value.isdecimal() else -1 for value in given.values()]
     rank, size, local_rank, local_size = numbers
     reachable = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")

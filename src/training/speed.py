@@ -7,6 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from common.distributed import SINGLE_PROCESS, World
+from common.errors import UserError
+from utils import BatchLoader
+
 
 def keep_memory() -> None:
     """Let the process keep the memory that it frees, where the C library is glibc.
@@ -23,6 +27,34 @@ def keep_memory() -> None:
     # Older releases take no more than 32 MiB. Either threshold turns off the other's adjusting.
     if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def prepare(
+    model: nn.Module,
+    mode: str,
+    loader: BatchLoader,
+    *,
+    precision: str,
+    grad_accum_steps: int = 1,
+    world: World = SINGLE_PROCESS,
+) -> Callable[[Tensor], Tensor]:
+    """What to call in training: `model`, or it compiled, or it in all processes together.
+
+    Args:
+        mode, precision: as in `compile_network`.
+        loader: of the training images.
+
+    Raises:
+        UserError: compiling is asked for where batches are divided.
+    """
+    can_compile = world.size == 1 and grad_accum_steps == 1
+    if mode == "on" and not can_compile:
+        raise UserError("--compile on serves one process without --grad_accum_steps: leave it out")
+    if not can_compile:
+        return world.wrap(model)
+    images = loader.split.images
+    shape = min(loader.batch_size, len(images)), *images.shape[1:]
+    return compile_network(model, mode, torch.zeros(shape, device=images.device), precision)
 
 
 def compile_network(

@@ -1,0 +1,110 @@
+"""The file of a run's best model: whose it is, what it replaces, where it is when a run goes on."""
+
+import os
+import shutil
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import atomic_write
+from saving.checkpoint import read_checkpoint, save_checkpoint
+from saving.run_state import STATE_KEYS
+
+BEST, RAW_BEST = "best_model.pt", "best_model.raw.pt"
+# What belongs to a finished run beside its best model.
+RESULTS = (RAW_BEST, "history.json", "timing_cpu.txt", "timing_cuda.txt")
+
+
+def set_aside(folder: Path, new: dict[str, Any]) -> None:
+    """Move another run's best model out of the way, with its history and timings, and say so.
+
+    They go to a folder in `folder`, named after the time when the model was written. The model of a
+    run with the same settings on the same data set stays: it is to be replaced.
+
+    Args:
+        new: the checkpoint that will take the place, with `dataset` and `settings`.
+
+    Raises:
+        UserError: they can't be moved.
+    """
+    best_path = folder / BEST
+    if not best_path.exists():
+        return
+    try:
+        old = read_checkpoint(best_path)
+        if all(old[name] == new[name] for name in ("dataset", "settings")):
+            return
+        what = f"the best model of another run ({old['best_acc']:.2f} % of its validation images)"
+    except (UserError, LookupError, TypeError, ValueError, RuntimeError):  # or not comparable
+        what = "a best model of unknown settings"
+    when = datetime.fromtimestamp(best_path.stat().st_mtime)
+    aside = folder / when.strftime("%Y-%m-%d_%H-%M-%S")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}_")
+    try:
+        aside.mkdir()
+        for name in (*RESULTS, BEST):
+            if (folder / name).exists():
+                os.replace(folder / name, aside / name)
+    except OSError as error:
+        raise UserError(
+            f"{best_path} of another run cannot be moved to {aside} ({error.strerror or error}): "
+            "name another folder with --save_dir"
+        ) from None
+    print(f"kept:     {what} is now {aside / BEST}")
+
+
+def keep_raw_best(best_path: Path, swa_start: int) -> None:
+    """Copy the best model of the epochs before `swa_start` to `best_model.raw.pt`.
+
+    From then on only averages compete, and the first one takes its place.
+    """
+    try:
+        is_raw = read_checkpoint(best_path)["epoch"] < swa_start
+    except (UserError, LookupError, TypeError):
+        return  # there is none
+    if is_raw:
+        with atomic_write(best_path.with_name(RAW_BEST)) as temporary:
+            shutil.copyfile(best_path, temporary)
+
+
+def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[float, int]:
+    """Make sure that the best model so far is at `best_path`.
+
+    Args:
+        state: the run's, to go on from.
+        source: the file that `state` is from; the best model may lie beside it.
+
+    Returns:
+        Its validation accuracy in percent and its epoch; -1 and 0 if it is lost.
+    """
+    acc, epoch = state["best"]["acc"], state["best"]["epoch"]
+    if not epoch:
+        return acc, epoch
+    beside = source.with_name(best_path.name)
+    moved = beside.resolve() != best_path.resolve()
+    try:
+        best = read_checkpoint(beside)
+        # One of a later epoch was written just before the stop, and will be written again.
+        if (best.get("epoch"), best.get("best_acc")) == (epoch, acc) or best["epoch"] > epoch:
+            if moved:
+                set_aside(best_path.parent, state)
+                save_checkpoint(best_path, best)
+            return acc, epoch
+    except UserError:
+        pass  # it is not there, or damaged
+    print(
+        f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is not beside "
+        f"{source}: the best from here on takes its place",
+        file=sys.stderr,
+    )
+    if state["position"]["step"]:
+        return -1.0, 0
+    last = state["history"][-1]
+    last["is_best"] = True
+    set_aside(best_path.parent, state)
+    content = {name: value for name, value in state.items() if name not in STATE_KEYS}
+    save_checkpoint(best_path, {**content, "best_acc": last["val_acc"]})
+    return last["val_acc"], last["epoch"]

@@ -1,0 +1,331 @@
+"""What keeps a training run safe, beneath the recipe: its position, stops, bad numbers, saving.
+
+The recipe (train.py) computes; a `Run` counts, saves, prints and ends in good order. It never
+touches a gradient. What its files hold says run_files.py.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimizers.average import WeightAverage
+from optimizers.schedule import Schedule
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from analysis import confidence
+from common import startup
+from common.device import describe_device
+from common.distributed import StopBroadcast, World, joined
+from common.errors import Stopped, UserError
+from common.files import lock_folder
+from common.signals import StopSignals
+from data.dataset import Dataset
+from recipes import Options, Settings
+from saving.checkpoint import MAX_WEIGHT, load_checkpoint
+from training import resume
+from training.epoch_sums import EpochSums, NotFiniteError
+from training.resume import SavedRun
+from training.run_files import RunFiles, RunPaths
+from utils import Batch, BatchLoader, Metrics
+from vit_model import ViT, count_parameters
+
+ASKED_EVERY = 20  # steps after which a GPU is asked whether all were finite
+# Settings that the printed calls of optimizer and schedule have in them.
+SHOWN_AS_CALLS = {"optimizer", "lr", "weight_decay", "scheduler", "scheduler_interval"}
+SHOWN_AS_CALLS |= {"warmup_epochs", "swa_lr", "swa_anneal_epochs", "swa_anneal_strategy"}
+
+
+@contextmanager
+def opened(
+    options: Options, given: Mapping[str, Any], world: World, device: torch.device
+) -> Iterator[tuple[Options, SavedRun | None]]:
+    """Read where a run goes on, hold its folder and connect its processes, for the block.
+
+    Yields:
+        The options, of the saved run where one is resumed, and that run.
+
+    Raises:
+        UserError: there is nothing to resume, or a place can't be written or is another run's.
+    """
+    content, source, given = None, options.save_dir, dict(given)
+    if options.resume is not None:
+        source = Path(options.resume) if options.resume else options.save_dir
+        if "save_dir" not in given:
+            folder = source if source.is_dir() else source.parent
+            options = replace(options, save_dir=folder)
+        if world.leads:  # the file needn't be on the others' machines
+            content, source = resume.load_last(source)
+            paths = resume.find_paths(source, content["run"], given)
+            options, given = replace(options, **paths), given | paths
+    if world.leads:
+        RunPaths(options, device).check_writable()
+    folder_lock = lock_folder(options.save_dir) if world.leads else nullcontext()
+    with folder_lock, joined(world, device):
+        if options.resume is None:
+            if world.leads:
+                resume.note_unfinished(options.save_dir)
+            yield options, None
+        else:
+            content, source, given = world.share((content, source, given))
+            yield resume.go_on(content, source, options, given)
+
+
+class Run:
+    """A training run: where it is, how it is saved, how it ends.
+
+    In the order of the calls: `start`; in a `with` block `epochs`, `batches`, `is_finite`,
+    `end_step`, `end_epoch`; after it `best_model` and `finish`. Each is a meeting of all processes.
+
+    Args:
+        settings: how it learns; they are stored and reported.
+        precision: "bf16" or "fp32", of the matrix products.
+        saved: the run that it goes on with; None: it begins.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        settings: Settings,
+        dataset: Dataset,
+        precision: str,
+        device: torch.device,
+        world: World,
+        saved: SavedRun | None,
+    ) -> None:
+        self.options, self.settings, self.saved = options, settings, saved
+        self.precision, self.device, self.world = precision, device, world
+        self.files = RunFiles(options, settings, dataset, precision, device, world, saved)
+        self.epochs_done = 0
+        self._signals = StopSignals(repeats_within=0.3 if world.size > 1 else 0.0)
+        self._stop = StopBroadcast(world)
+        # A GPU computes ahead of Python: to ask it after every step would make it wait.
+        self._asks_later = device.type != "cpu" and options.on_nonfinite == "stop"
+
+    def start(
+        self,
+        model: ViT,
+        model_config: dict[str, Any],
+        optimizer: Optimizer,
+        schedule: Schedule,
+        average: WeightAverage,
+        loaders: tuple[BatchLoader, BatchLoader, BatchLoader],
+    ) -> None:
+        """Take what is to be saved; seed this process, or put all where the saved run was.
+
+        Args:
+            loaders: of the training, validation and test images.
+        """
+        self.model, self.optimizer, self.loaders = model, optimizer, loaders
+        self.sums = EpochSums.zeros(optimizer, self.device)
+        self.files.describe(model, model_config, optimizer, schedule, average)
+        self._print_start(schedule)
+        if self.world.rank:  # the weights are drawn alike in all processes, dropout is not to be
+            resume.seed_generators(self.options.seed + self.world.rank)
+        if self.saved:
+            position = self.saved.content["position"]
+            parts = model, average, optimizer, schedule
+            resume.restore(self.saved, *parts, self.device, self.world)
+            with resume.refusing(self.saved.path):
+                self.sums.load_state_dict(position["totals"], self.world)
+            self.epochs_done = loaders[0].epoch = self.saved.epoch
+            loaders[0].skip = self.sums.steps
+            self.files.restore(self.saved)
+            after = f"after {self.epochs_done} epochs and {self.sums.steps} steps"
+            print(f"resumed:  {self.saved.path}, {after}")
+        self._started = time.perf_counter()
+
+    def _print_start(self, schedule: Schedule) -> None:
+        options, world = self.options, self.world
+        sizes = " / ".join(f"{len(loader.split):,}" for loader in self.loaders)
+        print(f"data:     {self.files.dataset.name}, {sizes} images to train, validate, test")
+        print(f"model:    ViT, {count_parameters(self.model):,} parameters")
+        processes = f", {world.size} processes" if world.size > 1 else ""
+        device = f"{describe_device(self.device)}{processes}, {self.precision}"
+        print(f"device:   {device}, seed {options.seed}")
+        if self.device.type == "cpu" and world.size == 1:
+            startup.note_busy_cores(torch.get_num_threads())
+        settings = {n: v for n, v in asdict(self.settings).items() if n not in SHOWN_AS_CALLS}
+        shown = ", ".join(f"{n} {v}" for n, v in settings.items() if v is not None)
+        print(f"recipe:   {options.recipe}: {shown}")
+        print(f"steps:    {self.optimizer.text}; {schedule}")
+
+    # -------------------------------------------------------------------------------------- loop
+
+    def __enter__(self) -> "Run":
+        self._compile_seconds = time.perf_counter() - self._started  # a part of the first epoch
+        self.sums.seconds += self._compile_seconds
+        self._bar = None
+        self._signals.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """End in one line, after a step that is not finite and after Ctrl-C."""
+        self._signals.__exit__()
+        if self._bar is not None:
+            self._bar.close()
+        if isinstance(error, NotFiniteError):
+            path = self._save_bad_batch(error)
+            numbers = f": {error}" if error.numbers else ""
+            raise UserError(
+                f"step {error.step} of epoch {self.epoch} is not finite{numbers}; "
+                f"its batch is in {path}, the last save is untouched; start again with a lower "
+                "learning rate or --grad_clip, or go on with --resume --on_nonfinite skip"
+            ) from None
+        if isinstance(error, KeyboardInterrupt):
+            go_on = f"to go on from the last save, run this again with: {self._flags_to_go_on()}"
+            saved = "nothing was saved" if self.files.nothing_saved else go_on
+            raise KeyboardInterrupt(f"interrupted; {saved}") from None
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, from 1; the first may have begun."""
+        for epoch in range(self.epochs_done + 1, self.settings.epochs + 1):
+            self.epoch = epoch
+            self._epoch_start = time.perf_counter() - self.sums.seconds
+            yield epoch
+
+    def batches(self, loader: BatchLoader) -> Iterator[Batch]:
+        """What is left of the epoch, with a progress bar."""
+        self._bar = tqdm(
+            loader,
+            desc=f"epoch {self.epoch}/{self.settings.epochs}",
+            unit="batch",
+            leave=False,
+            initial=self.sums.steps,
+            total=len(loader),
+            disable=None if self.world.leads else True,
+        )
+        for images, labels in self._bar:
+            # Of this step: when it ends, the schedule has moved.
+            self._lrs = [group["lr"] for group in self.optimizer.param_groups]
+            yield Batch(images, labels, loader.size_of(self.sums.steps))
+        self._row = self.sums.row(self.optimizer, self.world)
+        self._train_seconds = self._seconds() - self._compile_seconds
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._epoch_start
+
+    def is_finite(self, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether the step's loss and gradient are numbers in all processes, so that it is taken.
+
+        A GPU is asked every 20 steps and before each save; until then the answer is yes.
+
+        Raises:
+            NotFiniteError: they are not, and such steps are not to be skipped.
+        """
+        finite = self.world.all(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if self._asks_later:
+            self.sums.note(finite)
+            return True
+        if finite:
+            return True
+        step, whole_loss = self.sums.steps + 1, self.world.sum(loss.clone()).item()
+        numbers = {"loss": whole_loss, "grad_norm": grad_norm.item(), "lr": self._lrs[0]}
+        bad = NotFiniteError(step, **numbers)
+        if self.options.on_nonfinite == "stop":
+            raise bad
+        self.sums.skipped.append(step)
+        note = f"note: step {step} of epoch {self.epoch} skipped: {bad}"
+        tqdm.write(f"{note}; the latest such batch: {self._save_bad_batch(bad)}", file=sys.stderr)
+        return False
+
+    def end_step(
+        self, batch: Batch, loss: Tensor, hits: Tensor, grad_norm: Tensor, used: bool
+    ) -> None:
+        """Count the step; save or stop if it is time.
+
+        Raises:
+            Stopped: a signal has asked for it; all is saved.
+        """
+        sums, last_step = self.sums, len(self.loaders[0])
+        sums.add_step(self._lrs)
+        if used:
+            sums.add_images(len(batch.labels), loss * batch.size, hits, grad_norm)
+        if self._asks_later and (sums.steps % ASKED_EVERY == 0 or sums.steps == last_step):
+            sums.check()
+        if not self._bar.disable and sums.steps % 20 == 1:
+            self._bar.set_postfix(loss=f"{loss.item() * self.world.size:.4f}")
+        stop_signal = self._stop.after_step(self._signals.received)
+        if sums.steps == last_step:
+            return  # it is saved with the epoch
+        every = self.options.save_every_steps
+        if stop_signal or (every and sums.steps % every == 0):
+            sums.seconds = self._seconds()
+            self.files.save_last(self.epochs_done, sums)
+        if stop_signal:
+            raise self._stopped(stop_signal)
+
+    def end_epoch(self, validation: Metrics) -> None:
+        """Write the best model, `last.pt`, history and TODO.md so that they agree.
+
+        Raises:
+            UserError: training has left all bounds; the files of the last epoch stay.
+            Stopped: as `end_step`.
+        """
+        numbers = (self._row["train_loss"], self._row["grad_norm"], validation.loss)
+        largest = max(p.abs().max() for p in self.model.parameters())
+        if not all(map(math.isfinite, numbers)) or largest > MAX_WEIGHT:
+            raise UserError(
+                f"loss, gradient or weights are out of all bounds after epoch {self.epoch}: start "
+                "again with a lower learning rate or --grad_clip; the best model so far is kept"
+            )
+        row = {
+            "epoch": self.epoch,
+            **self._row,
+            "seconds": self._seconds(),
+            "images_per_second": len(self.loaders[0].split) / self._train_seconds,
+        }
+        self.epochs_done, self.sums = self.epoch, EpochSums.zeros(self.optimizer, self.device)
+        self._compile_seconds = 0.0
+        self.files.save_epoch(row, validation, self.sums)
+        self._print_epoch(row)
+        if stop_signal := self._stop.after_step(self._signals.received):
+            raise self._stopped(stop_signal)
+
+    def _print_epoch(self, row: dict[str, Any]) -> None:
+        print(
+            f"Epoch {row['epoch']:2d}/{self.settings.epochs}  "
+            f"Train Loss: {row['train_loss']:.4f}  Acc: {row['train_acc']:.2f} %  |  "
+            f"Val Loss: {row['val_loss']:.4f}  Acc: {row['val_acc']:.2f} %  "
+            f"Top-5: {row['val_top5']:.2f} %  |  "
+            f"lr {next(iter(row['lr'].values())):.1e}  {row['seconds']:.1f} s"
+        )
+        if row["is_best"]:
+            print(f"          best so far, saved to {self.files.paths.best}")
+
+    def _stopped(self, signal_number: int) -> Stopped:
+        return Stopped(
+            f"stopped by {signal.Signals(signal_number).name} after {self.epochs_done} of "
+            f"{self.settings.epochs} epochs and {self.sums.steps} steps, all saved; to go on, run "
+            f"this again with: {self._flags_to_go_on()}",
+            signal_number,
+        )
+
+    def _flags_to_go_on(self) -> str:
+        return resume.flags_to_go_on(self.options, self.files.paths.last)
+
+    def _save_bad_batch(self, bad: NotFiniteError) -> Path:
+        return self.files.save_bad_batch(self.epoch, bad, self.loaders[0])
+
+    # --------------------------------------------------------------------------------------- end
+
+    def best_model(self) -> ViT:
+        """The model of the best epoch, on the run's device; its file gets its calibration."""
+        model = load_checkpoint(self.files.paths.best)[0] if self.world.leads else None
+        model = self.world.share(model).to(self.device)
+        if self.world.leads:
+            train_loader, val_loader, _ = self.loaders
+            self.files.save_calibration(confidence.fit(model, train_loader.split, val_loader))
+        return model
+
+    def finish(self, test: Metrics) -> None:
+        """Write history, timing and curves, and print the result on the test set."""
+        self.files.finish(test, len(self.loaders[0].split))
