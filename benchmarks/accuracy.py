@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.device import choose_device
-from recipes import DEFAULTS, RECIPES
+from recipes import RECIPES, Settings
 
 TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of the test set
 
@@ -54,7 +54,7 @@ def main() -> None:
     device = choose_device(args.device)
 
     rows, reached = [], {}
-    for epochs in sorted(args.epochs or []) or [{**DEFAULTS, **RECIPES[args.recipe]}["epochs"]]:
+    for epochs in sorted(args.epochs or []) or [Settings(**RECIPES[args.recipe]).epochs]:
         seeds = tqdm(range(args.seeds), desc=f"{epochs} epochs", leave=False, disable=None)
         runs = [train(seed, epochs, args, shlex.split(args.flags)) for seed in seeds]
         test, val, seconds, whole = zip(*runs, strict=True)

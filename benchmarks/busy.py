@@ -20,7 +20,7 @@ import optim
 from common import cli
 from common.device import choose_device, choose_precision
 from common.errors import UserError
-from recipes import DEFAULTS
+from recipes import Settings
 from training.speed import keep_memory
 from vit_model import ViT
 
@@ -43,8 +43,8 @@ def steps(number: int) -> list[float]:
     torch.manual_seed(0)
     model = ViT().train()
     optimizer = optim.build_optimizer("AdamW", model, lr=1e-3, weight_decay=1e-4)
-    images = torch.randn(DEFAULTS["batch_size"], 1, 28, 28)
-    labels = torch.randint(10, (DEFAULTS["batch_size"],))
+    images = torch.randn(Settings().batch_size, 1, 28, 28)
+    labels = torch.randint(10, (len(images),))
 
     def step() -> None:
         optimizer.zero_grad()

@@ -19,10 +19,15 @@ sys.path.insert(0, str(SRC))
 import common.startup  # noqa: E402, F401 before PyTorch
 
 import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.optim import Optimizer  # noqa: E402
 
 from common.device import describe_threads  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.files import write_text  # noqa: E402
+from optim import clip_gradients  # noqa: E402
+from train import forward_backward  # noqa: E402
+from utils import Batch, BatchLoader  # noqa: E402
 
 RECORDS = Path(__file__).with_name("RECORDS.md")
 
@@ -54,6 +59,22 @@ def train(*flags: object) -> dict[str, Any]:
         if done.returncode:
             raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
         return json.loads(Path(folder, "history.json").read_text())
+
+
+def train_epoch(
+    network: Callable[[Tensor], Tensor],
+    loader: BatchLoader,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    grad_clip: float,
+    **how: Any,
+) -> None:
+    """The steps of src/train.py over one pass, without what a run does beside them."""
+    for number, (images, labels) in enumerate(loader):
+        batch = Batch(images, labels, loader.size_of(number))
+        forward_backward(network, criterion, optimizer, batch, **how)
+        clip_gradients(optimizer, grad_clip)
+        optimizer.step()
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

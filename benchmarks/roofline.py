@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import optim
 from common import cli
 from common.device import choose_device
-from recipes import DEFAULTS, RECIPES
-from train import MODEL_SETTINGS
+from recipes import RECIPES, Settings
+from train import forward_backward
 from training.speed import compile_network, keep_memory
+from utils import Batch
 from vit_model import ViT
 
 
@@ -45,10 +46,11 @@ def main() -> None:
     args = parser.parse_args()
     device = choose_device(args.device)
     keep_memory()
-    settings = {**DEFAULTS, **RECIPES[args.recipe]}
+    settings = Settings(**RECIPES[args.recipe])
     torch.manual_seed(0)
-    images = torch.randn(settings["batch_size"], 1, 28, 28, device=device)
-    labels = torch.randint(10, (settings["batch_size"],), device=device)
+    images = torch.randn(settings.batch_size, 1, 28, 28, device=device)
+    labels = torch.randint(10, (settings.batch_size,), device=device)
+    batch = Batch(images, labels, len(images))
     criterion = nn.CrossEntropyLoss()
     peaks = {
         "fp32": matmul_peak(torch.float32, device),
@@ -56,20 +58,17 @@ def main() -> None:
     }
     rows = []
     for precision, peak in peaks.items():
-        model = ViT(**{name: settings[name] for name in MODEL_SETTINGS}).to(device)
+        model = ViT(**settings.section("model")).to(device)
         optimizer = optim.build_optimizer(
-            settings["optimizer"], model, lr=settings["lr"], weight_decay=settings["weight_decay"]
+            settings.optimizer, model, lr=settings.lr, weight_decay=settings.weight_decay
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(images)
         network = compile_network(model, args.compile, images, precision)
 
         def step(network=network, optimizer=optimizer, precision=precision) -> None:
-            optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = network(images)
-            criterion(logits.float(), labels).backward()
-            optim.clip_gradients(optimizer, settings["grad_clip"])
+            forward_backward(network, criterion, optimizer, batch, precision=precision)
+            optim.clip_gradients(optimizer, settings.grad_clip)
             optimizer.step()
 
         flops = 3 * counter.get_total_flops()
@@ -85,7 +84,7 @@ def main() -> None:
             ]
         )
     report.publish(
-        f"Roofline of a training step of `{args.recipe}`, batch {settings['batch_size']}",
+        f"Roofline of a training step of `{args.recipe}`, batch {settings.batch_size}",
         ["precision", "GFLOP a step", "step", "GFLOP/s", "matmul peak, GFLOP/s", "used"],
         rows,
         device=device,

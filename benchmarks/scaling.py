@@ -9,6 +9,7 @@ import report  # finds src
 
 import os
 import statistics
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,11 +22,12 @@ from common import cli, distributed, startup
 from common.device import choose_device, choose_precision
 from common.distributed import World
 from data.mnist import load_mnist
-from recipes import DEFAULTS
-from train import Totals, train_steps
+from recipes import Settings
 from training.speed import keep_memory
 from utils import make_loaders
 from vit_model import ViT, count_parameters
+
+DEFAULTS = Settings()
 
 
 def work(
@@ -41,23 +43,14 @@ def work(
     with distributed.joined(world, device):
         torch.manual_seed(0)
         model = ViT().to(device).train()
-        samples = steps * DEFAULTS["batch_size"]
+        samples = steps * DEFAULTS.batch_size
         loader = make_loaders(
             load_mnist(data_dir), device=device, train_samples=samples, world=world
         )[0]
-        rates = {name: DEFAULTS[name] for name in ("lr", "weight_decay")}
+        rates = {"lr": DEFAULTS.lr, "weight_decay": DEFAULTS.weight_decay}
         optimizer = optim.build_optimizer("AdamW", model, **rates)
-        length = {"epochs": 9, "steps_per_epoch": len(loader)}
-        schedule = optim.build_scheduler("ConstantLR(factor=1)", optimizer, **length)
-        network, criterion = world.wrap(model), nn.CrossEntropyLoss()
-        averaged = optim.WeightAverage(model)
-
-        def epoch() -> None:
-            totals = Totals.of_nothing(optimizer, device)
-            parts = network, loader, criterion, optimizer, schedule, averaged, totals
-            for _ in train_steps(*parts, grad_clip=1.0, precision=precision, world=world):
-                pass
-
+        parts = world.wrap(model), loader, nn.CrossEntropyLoss(), optimizer, DEFAULTS.grad_clip
+        epoch = partial(report.train_epoch, *parts, precision=precision, world=world)
         gradients = torch.zeros(count_parameters(model), device=device)
         epoch()  # warm-up
         world.sum(gradients)
@@ -105,16 +98,16 @@ def main() -> None:
             [
                 str(size),
                 str(threads[size]),
-                f"{DEFAULTS['batch_size'] / size:.0f}",
+                f"{DEFAULTS.batch_size / size:.0f}",
                 f"{1000 * step:.0f} ms",
-                f"{DEFAULTS['batch_size'] / step:.0f}",
+                f"{DEFAULTS.batch_size / step:.0f}",
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
                 f"{1000 * exchange:.1f} ms" if size > 1 else "none",
             ]
         )
     speed = f"times the speed of {args.processes[0]}"
     report.publish(
-        f"Data-parallel training, whole batch {DEFAULTS['batch_size']}, median of {args.turns} "
+        f"Data-parallel training, whole batch {DEFAULTS.batch_size}, median of {args.turns} "
         f"turns of {args.steps} steps",
         ["processes", "threads each", "images each", "step", "images/s", speed, "all-reduce"],
         rows,

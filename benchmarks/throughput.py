@@ -28,12 +28,12 @@ from common import cli
 from common.device import choose_device
 from common.errors import UserError
 from data.mnist import load_mnist
-from recipes import DEFAULTS
-from train import Totals, train_steps
+from recipes import Settings
 from training.speed import compile_network, keep_memory
 from vit_model import TransformerBlock, ViT
 
-ADAMW = {"lr": DEFAULTS["lr"], "weight_decay": DEFAULTS["weight_decay"]}
+DEFAULTS = Settings()
+ADAMW = {"lr": DEFAULTS.lr, "weight_decay": DEFAULTS.weight_decay}
 
 
 class PlainBlock(TransformerBlock):
@@ -78,7 +78,7 @@ def plain_steps(
     precision: str,
     steps: int,
 ) -> None:
-    criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS["label_smoothing"])
+    criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS.label_smoothing)
     model.train()
     for images, labels in islice(loader, steps):
         images, labels = images.to(device), labels.to(device)
@@ -86,7 +86,7 @@ def plain_steps(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = criterion(model(images), labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), DEFAULTS["grad_clip"])
+        nn.utils.clip_grad_norm_(model.parameters(), DEFAULTS.grad_clip)
         optimizer.step()
         loss.item()  # for the progress bar
 
@@ -151,26 +151,16 @@ def main() -> None:
     keep_memory()
     dataset = load_mnist(args.data_dir)
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
-    criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS["label_smoothing"])
+    criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS.label_smoothing)
 
     def in_our_loop(model: nn.Module, precision: str) -> Callable[[], float]:
         model = model.to(device).train()
-        optimizer = optim.build_optimizer(DEFAULTS["optimizer"], model, **ADAMW)
-        length = {"epochs": args.turns + 1, "steps_per_epoch": args.steps}
-        schedule = optim.build_scheduler("ConstantLR(factor=1)", optimizer, **length)
-        averaged = optim.WeightAverage(model)
+        optimizer = optim.build_optimizer(DEFAULTS.optimizer, model, **ADAMW)
         sample = torch.zeros(args.batch_size, 1, 28, 28, device=device)
         network = compile_network(model, args.compile, sample, precision)
-        parts = network, loader, criterion, optimizer, schedule, averaged
-
-        def turn() -> None:
-            totals = Totals.of_nothing(optimizer, device)
-            for _ in train_steps(
-                *parts, totals, grad_clip=DEFAULTS["grad_clip"], precision=precision
-            ):
-                pass
-
-        return lambda: report.seconds(turn, device)
+        parts = network, loader, criterion, optimizer
+        turn = partial(report.train_epoch, *parts, DEFAULTS.grad_clip, precision=precision)
+        return partial(report.seconds, turn, device)
 
     ours, theirs = Pipe()
     spawn = get_context("spawn")  # CUDA does not survive a fork
