@@ -18,8 +18,6 @@ if __name__ == "__main__":
     cli.check_flags(parse_args)  # before PyTorch is imported, which takes seconds
 
 import torch
-from optimizers.average import WeightAverage
-from optimizers.schedule import Schedule, build_scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,8 +28,10 @@ from data.augment import Augment
 from data.dataset import Dataset
 from data.load import load_on_all
 from optim import build_optimizer, check_calls, clip_gradients, needs_closure
+from optimizers.average import WeightAverage
+from optimizers.schedule import Schedule, build_scheduler
 from training.resume import SavedRun, seed_generators
-from training.run import Run, opened
+from training.run import Run, open_run
 from training.speed import keep_memory, prepare
 from utils import Batch, evaluate, make_loaders
 from vit_model import ViT
@@ -42,7 +42,7 @@ def main() -> None:
     world = find_world()
     device = device_of(world, choose_device(options.device))
     keep_memory()
-    with opened(options, given, world, device) as (options, saved):
+    with open_run(options, given, world, device) as (options, saved):
         settings, dataset = load_data(options, given, saved, world)
         train(options, settings, dataset, saved, device, world)
 
@@ -104,7 +104,7 @@ def train(
     run = Run(options, settings, dataset, precision, device, world, saved)
     run.start(model, model_config, optimizer, schedule, average, loaders)
     how = {"precision": precision, "grad_accum_steps": options.grad_accum_steps, "world": world}
-    network = prepare(model, options.compile, train_loader, **how)
+    network = prepare(model, options.compile, train_loader, **how)  # compiled, or distributed
     compute = partial(forward_backward, network, criterion, optimizer, **how)
     with run:
         for epoch in run.epochs():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from common.distributed import World
+from utils import Batch
 
 
 class NotFiniteError(Exception):
@@ -46,10 +47,15 @@ class EpochSums:
         self.steps += 1
         self.lrs = [total + lr for total, lr in zip(self.lrs, lrs, strict=True)]
 
-    def add_images(self, number: int, loss: Tensor, hits: Tensor, grad_norm: Tensor) -> None:
-        """Add, on the device, so that Python waits for no GPU; `loss` and `hits` are sums."""
-        self.loss_and_hits += torch.stack((loss.double(), hits.double()))
-        self.images += number
+    def add_images(self, batch: Batch, loss: Tensor, hits: Tensor, grad_norm: Tensor) -> None:
+        """Add what a used step has computed; on the device, so that Python waits for no GPU.
+
+        Args:
+            loss: this process's share of the whole batch's mean.
+            hits: how many of this process's images were classified right.
+        """
+        self.loss_and_hits += torch.stack((loss.double() * batch.size, hits.double()))
+        self.images += len(batch.labels)
         self.grad_norm += grad_norm
 
     def note(self, finite: Tensor) -> None:

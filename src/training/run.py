@@ -45,7 +45,7 @@ SHOWN_AS_CALLS |= {"warmup_epochs", "swa_lr", "swa_anneal_epochs", "swa_anneal_s
 
 
 @contextmanager
-def opened(
+def open_run(
     options: Options, given: Mapping[str, Any], world: World, device: torch.device
 ) -> Iterator[tuple[Options, SavedRun | None]]:
     """Read where a run goes on, hold its folder and connect its processes, for the block.
@@ -248,7 +248,7 @@ class Run:
         sums, last_step = self.sums, len(self.loaders[0])
         sums.add_step(self._lrs)
         if used:
-            sums.add_images(len(batch.labels), loss * batch.size, hits, grad_norm)
+            sums.add_images(batch, loss, hits, grad_norm)
         if self._asks_later and (sums.steps % ASKED_EVERY == 0 or sums.steps == last_step):
             sums.check()
         if not self._bar.disable and sums.steps % 20 == 1:
