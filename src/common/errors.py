@@ -9,7 +9,7 @@ class PeerLostError(Exception):
     """Another process of the run is gone, and with it this one's work."""
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 not an error: all is saved
     """A signal has ended the work in good order: what was kept, and how to go on.
 
     Args:

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from optimizers.average import WeightAverage
-from optimizers.schedule import Schedule
 from torch import nn
 from torch.optim import Optimizer
 
 from common.distributed import World
 from common.errors import UserError
 from common.files import write_text
+from optimizers.average import WeightAverage
+from optimizers.schedule import Schedule
 from recipes import FLAGS, Options, Settings, from_stored, resolve
 from saving.checkpoint import save_checkpoint
 from saving.run_state import load_optimizer, read_run_state, refusing

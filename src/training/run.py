@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers.average import WeightAverage
-from optimizers.schedule import Schedule
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -29,6 +27,8 @@ from common.errors import Stopped, UserError
 from common.files import lock_folder
 from common.signals import StopSignals
 from data.dataset import Dataset
+from optimizers.average import WeightAverage
+from optimizers.schedule import Schedule
 from recipes import Options, Settings
 from saving.checkpoint import MAX_WEIGHT, load_checkpoint
 from training import resume

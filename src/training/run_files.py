@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimizers.average import WeightAverage
-from optimizers.schedule import Schedule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,6 +16,8 @@ from common.files import check_writable, write_json, write_text
 from common.progress import reset_todo_md, timestamp, update_todo_md
 from common.signals import uninterrupted
 from data.dataset import Dataset
+from optimizers.average import WeightAverage
+from optimizers.schedule import Schedule
 from recipes import Options, Settings, fingerprint, to_stored
 from saving.checkpoint import FORMAT, read_checkpoint, save_checkpoint, versions
 from training import resume
