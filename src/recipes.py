@@ -190,10 +190,7 @@ class Options:
         choices=("auto", *DATASET_SETTINGS),
     )
     train_samples: int | None = data_flag(
-        None,
-        "train on the first N images only, for a quick look; None: on all",
-        integer(1),
-        metavar="N",
+        None, "train on so many images only, the first, for a quick look; None: on all", integer(1)
     )
     num_workers: int = data_flag(
         0, "threads that prepare batches ahead; 0: none", integer(0, 256), changes=True
@@ -213,17 +210,10 @@ class Options:
         changes=False,
     )
     grad_accum_steps: int = machine_flag(
-        1,
-        "a batch passes the network in N parts, one after the other, in less memory; the step is "
-        "the same",
-        integer(1, 10**6),
-        metavar="N",
+        1, "parts of a batch, one after the other: the same step in less memory", integer(1, 10**6)
     )
     compile: str = machine_flag(
-        "auto",
-        "the network by torch.compile; auto: on CUDA",
-        choices=("auto", "on", "off"),
-        stored=False,
+        "auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"), stored=False
     )
     resume: str | None = resuming_flag(
         None,
@@ -235,10 +225,7 @@ class Options:
         metavar="PATH",
     )
     save_every_steps: int | None = resuming_flag(
-        None,
-        "write last.pt every N steps of an epoch too; None: at its end",
-        integer(1),
-        metavar="N",
+        None, "write last.pt after so many steps, too; None: after each epoch", integer(1)
     )
     on_nonfinite: str = resuming_flag(
         "stop",

@@ -27,6 +27,7 @@ from optimizers.schedule import Schedule
 from recipes import FLAGS, Options, Settings, from_stored, resolve
 from saving.checkpoint import save_checkpoint
 from saving.run_state import load_optimizer, read_run_state, refusing
+from training.epoch_sums import EpochSums
 
 LAST, PREVIOUS, PATHS_FILE = "last.pt", "last.prev.pt", "last.paths.json"
 PATHS = ("data_dir", "output_dir", "todo_path")  # flags whose values stand in PATHS_FILE
@@ -211,6 +212,7 @@ def restore(
     average: WeightAverage,
     optimizer: Optimizer,
     schedule: Schedule,
+    sums: EpochSums,
     device: torch.device,
     world: World,
 ) -> None:
@@ -233,6 +235,7 @@ def restore(
             raise ValueError(f"its schedule is at {there}, the run is not")
         if world.rank < len(state["random"]):
             set_random_state(state["random"][world.rank], device)
+        sums.load_state_dict(state["position"]["totals"], world)
 
 
 # ------------------------------------------------------------------------------ random generators

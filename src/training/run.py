@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def open_run(
             yield resume.go_on(content, source, options, given)
 
 
+@dataclass
 class Run:
     """A training run: where it is, how it is saved, how it ends.
 
@@ -91,24 +92,19 @@ class Run:
         saved: the run that it goes on with; None: it begins.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        settings: Settings,
-        dataset: Dataset,
-        precision: str,
-        device: torch.device,
-        world: World,
-        saved: SavedRun | None,
-    ) -> None:
-        self.options, self.settings, self.saved = options, settings, saved
-        self.precision, self.device, self.world = precision, device, world
-        self.files = RunFiles(options, settings, dataset, precision, device, world, saved)
-        self.epochs_done = 0
-        self._signals = StopSignals(repeats_within=0.3 if world.size > 1 else 0.0)
-        self._stop = StopBroadcast(world)
+    options: Options
+    settings: Settings
+    dataset: Dataset
+    precision: str
+    device: torch.device
+    world: World
+    saved: SavedRun | None
+
+    def __post_init__(self) -> None:
+        self._signals = StopSignals(repeats_within=0.3 if self.world.size > 1 else 0.0)
+        self._stop = StopBroadcast(self.world)
         # A GPU computes ahead of Python: to ask it after every step would make it wait.
-        self._asks_later = device.type != "cpu" and options.on_nonfinite == "stop"
+        self._asks_later = self.device.type != "cpu" and self.options.on_nonfinite == "stop"
 
     def start(
         self,
@@ -125,20 +121,18 @@ class Run:
             loaders: of the training, validation and test images.
         """
         self.model, self.optimizer, self.loaders = model, optimizer, loaders
-        self.sums = EpochSums.zeros(optimizer, self.device)
-        self.files.describe(model, model_config, optimizer, schedule, average)
+        self.epochs_done, self.sums = 0, EpochSums.zeros(optimizer, self.device)
+        known = (getattr(self, field.name) for field in fields(self))
+        self.files = RunFiles(*known, model, model_config, optimizer, schedule, average)
         self._print_start(schedule)
         if self.world.rank:  # the weights are drawn alike in all processes, dropout is not to be
             resume.seed_generators(self.options.seed + self.world.rank)
         if self.saved:
-            position = self.saved.content["position"]
-            parts = model, average, optimizer, schedule
+            parts = model, average, optimizer, schedule, self.sums
             resume.restore(self.saved, *parts, self.device, self.world)
-            with resume.refusing(self.saved.path):
-                self.sums.load_state_dict(position["totals"], self.world)
             self.epochs_done = loaders[0].epoch = self.saved.epoch
             loaders[0].skip = self.sums.steps
-            self.files.restore(self.saved)
+            self.files.restore()
             after = f"after {self.epochs_done} epochs and {self.sums.steps} steps"
             print(f"resumed:  {self.saved.path}, {after}")
         self._started = time.perf_counter()
@@ -146,7 +140,7 @@ class Run:
     def _print_start(self, schedule: Schedule) -> None:
         options, world = self.options, self.world
         sizes = " / ".join(f"{len(loader.split):,}" for loader in self.loaders)
-        print(f"data:     {self.files.dataset.name}, {sizes} images to train, validate, test")
+        print(f"data:     {self.dataset.name}, {sizes} images to train, validate, test")
         print(f"model:    ViT, {count_parameters(self.model):,} parameters")
         processes = f", {world.size} processes" if world.size > 1 else ""
         device = f"{describe_device(self.device)}{processes}, {self.precision}"

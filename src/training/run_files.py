@@ -1,6 +1,6 @@
 """The files of a run: which there are, what each holds, and when it is written."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class RunPaths:
             check_writable(path)
 
 
+@dataclass
 class RunFiles:
     """What the files of a run hold. Only the process that leads writes.
 
@@ -51,76 +52,61 @@ class RunFiles:
         best: the best epoch so far, from 1, and its validation accuracy in percent; 0 and -1 if
             there is none.
         history: what history.json holds.
+        nothing_saved: whether what is in the folder is not of this run.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        settings: Settings,
-        dataset: Dataset,
-        precision: str,
-        device: torch.device,
-        world: World,
-        saved: SavedRun | None,
-    ) -> None:
-        self.options, self.settings, self.dataset = options, settings, dataset
-        self.precision, self.device, self.world = precision, device, world
-        self.paths = RunPaths(options, device)
-        self.run = to_stored(options, settings, dataset.name)
+    options: Options
+    settings: Settings
+    dataset: Dataset
+    precision: str
+    device: torch.device
+    world: World
+    saved: SavedRun | None
+    model: nn.Module
+    model_config: dict[str, Any]
+    optimizer: Optimizer
+    schedule: Schedule
+    average: WeightAverage
+
+    def __post_init__(self) -> None:
+        options, saved, optimizer = self.options, self.saved, self.optimizer
+        self.paths = RunPaths(options, self.device)
+        self.run = to_stored(options, self.settings, self.dataset.name)
         self.run["fingerprint"] = saved.fingerprint if saved else fingerprint(self.run)
         self.best: dict[str, Any] = {"epoch": 0, "acc": -1.0}
-        # Of this run in this folder: what is there of another is not kept as the save before.
         is_here = saved and saved.path.resolve().parent == options.save_dir.resolve()
         self.nothing_saved = not is_here
-
-    def describe(
-        self,
-        model: nn.Module,
-        model_config: dict[str, Any],
-        optimizer: Optimizer,
-        schedule: Schedule,
-        average: WeightAverage,
-    ) -> None:
-        """Take what the files will hold the state of."""
-        self.model, self.optimizer = model, optimizer
-        self.schedule, self.average = schedule, average
-        first_group = optimizer.param_groups[0]
         settings = {
-            "recipe": self.options.recipe,
+            "recipe": options.recipe,
             **asdict(self.settings),
             # A rate or decay in the call itself wins over the flags': tell what is really used.
-            "lr": first_group["lr"],
-            "weight_decay": first_group.get("weight_decay"),
+            "lr": optimizer.param_groups[0]["lr"],
+            "weight_decay": optimizer.param_groups[0].get("weight_decay"),
             "optimizer": optimizer.text,
-            "scheduler": schedule.text,
-            "scheduler_interval": schedule.interval,
-            "seed": self.options.seed,
-            "train_samples": self.options.train_samples,
+            "scheduler": self.schedule.text,
+            "scheduler_interval": self.schedule.interval,
+            "seed": options.seed,
+            "train_samples": options.train_samples,
         }
-        self.history = {
+        self.about = {  # what all files tell of the run
             "dataset": self.dataset.name,
             "fingerprint": self.run["fingerprint"],
             "settings": settings,
+            "versions": versions(),
+        }
+        self.history = {
+            **self.about,
             "device": describe_device(self.device),
             "processes": self.world.size,
             "precision": self.precision,
-            "parameters": count_parameters(model),
-            "versions": versions(),
+            "parameters": count_parameters(self.model),
             "epochs": [],
             "test": None,
         }
-        self.about = {  # what it takes, beside the weights, to use the model
-            "model_config": model_config,
-            "normalization": {"mean": self.dataset.mean, "std": self.dataset.std},
-            "dataset": self.dataset.name,
-            "class_names": list(self.dataset.class_names),
-            "fingerprint": self.run["fingerprint"],
-            "settings": settings,
-            "versions": self.history["versions"],
-        }
 
-    def restore(self, saved: SavedRun) -> None:
+    def restore(self) -> None:
         """Bring the files to where the saved run was: a stop can come between two of them."""
+        saved = self.saved
         self.history["epochs"], self.best = saved.content["history"], dict(saved.content["best"])
         if self.world.leads and saved.epoch:
             acc, epoch = restore_best(saved.content, saved.path, self.paths.best)
@@ -143,6 +129,9 @@ class RunFiles:
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.schedule.state_dict(),
             "best_acc": self.best["acc"],
+            "model_config": self.model_config,
+            "normalization": {"mean": self.dataset.mean, "std": self.dataset.std},
+            "class_names": list(self.dataset.class_names),
             **self.about,
         }
 
