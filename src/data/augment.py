@@ -82,8 +82,8 @@ def resample(
         field: (B, 2, S, S), x and y, in half image sides: a pixel is read from so far to the right
             and below of where it would be; None is 0.
     """
-    # affine_grid wants the way back, from a place in the result to its source:
-    # (rotation slant factor)^-1 (place - shift).
+    # affine_grid wants the inverse, from a point of the result to its source:
+    # (rotation slant factor)^-1 (point - shift).
     cos, sin = angle.cos(), angle.sin()
     back = torch.stack((cos, -sin, sin, cos), dim=1).view(-1, 2, 2)
     if slant is not None:
@@ -103,8 +103,8 @@ def smooth(noise: Tensor, sigma: float) -> Tensor:
 
     The weights are scaled so that independent values of variance 1 keep it, at the border as well.
     """
-    places = torch.arange(noise.shape[-1], dtype=noise.dtype, device=noise.device)
-    weights = torch.exp(-((places - places.unsqueeze(1)) ** 2) / (2 * sigma**2))  # (S, S)
+    pixels = torch.arange(noise.shape[-1], dtype=noise.dtype, device=noise.device)
+    weights = torch.exp(-((pixels - pixels.unsqueeze(1)) ** 2) / (2 * sigma**2))  # (S, S)
     weights = weights / weights.norm(dim=1, keepdim=True)
     return weights @ noise @ weights.T
 
@@ -113,11 +113,11 @@ def erase(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
     """Set a rectangle to 0 in a share of `probability` of the images.
 
     Its area is 2 to 20 % of the image, its height over its width 0.3 to 1 / 0.3, in log scale, as
-    far as that fits into the image, and its place anywhere in it.
+    far as that fits into the image, and it lies anywhere in it.
 
     Args:
         images: (B, C, S, S).
-        uniform: (B, 5), random in [0, 1): whether, area, ratio, place in y and x.
+        uniform: (B, 5), random in [0, 1): whether, area, ratio, position in y and x.
     """
     side = images.shape[-1]
     whether, area, ratio, y, x = uniform.unbind(dim=1)
@@ -126,10 +126,10 @@ def erase(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
     height = (area * ratio).sqrt().round().clamp(1, side)
     width = (area / ratio).sqrt().round().clamp(1, side)
     top, left = (y * (side - height + 1)).floor(), (x * (side - width + 1)).floor()
-    places = torch.arange(side, device=images.device)
+    pixels = torch.arange(side, device=images.device)
 
     def inside(start: Tensor, length: Tensor) -> Tensor:  # (B, S)
-        return (places >= start.unsqueeze(1)) & (places < (start + length).unsqueeze(1))
+        return (pixels >= start.unsqueeze(1)) & (pixels < (start + length).unsqueeze(1))
 
     hit = inside(top, height).unsqueeze(2) & inside(left, width).unsqueeze(1)  # (B, S, S)
     hit &= (whether < probability).view(-1, 1, 1)

@@ -46,5 +46,6 @@ class DataMissingError(UserError):
 
 
 def divide(split: Split, *sizes: int) -> list[Split]:
+    """Parts of these sizes, drawn at random, always the same."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(SPLIT_SEED))
     return [split[part] for part in order.split(list(sizes))]
