@@ -3,8 +3,13 @@
 The text is the call that PyTorch's users know, without the parameters or the optimizer as first
 argument: `SGD(momentum=0.9, nesterov=True)`, `MultiStepLR(milestones=[10, 15])`. Names are those of
 `torch.optim` and `torch.optim.lr_scheduler` and those of `oneflow_optim`. A function is an
-arithmetic expression, as a string or a lambda: `LambdaLR('0.95 ** epoch')`. Whatever the text, the
-answer comes at once.
+arithmetic expression, as a string or a lambda: `LambdaLR('0.95 ** epoch')`.
+
+A text may come from a stranger, in a checkpoint. It never runs code: only names from the tables
+below, plain values and arithmetic are read, all else is refused. Its length, its nesting and its
+numbers are bounded, so that reading it costs at most a few seconds and a few megabytes. What the
+call it makes may cost is bounded where it is built: the memory of LBFGS by `optim.MAX_HISTORY`, the
+rehearsal of a schedule by `schedule.MAX_REHEARSAL`.
 """
 
 import ast
@@ -15,7 +20,8 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +38,8 @@ Classes = dict[str, list[type]]  # a name and the classes that bear it, PyTorch'
 def _subclasses(base: type, *modules: Any) -> Classes:
     classes: Classes = {}
     for module in modules:
-        for name, cls in vars(module).items():
-            public = inspect.isclass(cls) and issubclass(cls, base) and not name.startswith("_")
-            if public and cls is not base and cls not in classes.get(name, ()):
+        for name, cls in inspect.getmembers(module, inspect.isclass):
+            if issubclass(cls, base) and cls is not base and not name.startswith("_"):
                 classes.setdefault(name, []).append(cls)
     return dict(sorted(classes.items(), key=lambda item: item[0].lower()))
 
@@ -50,10 +55,10 @@ SHORT_NAMES = {
 
 MAX_TEXT = 4000  # characters; longer, deeper or larger is no setting of a training run
 MAX_DEPTH = 20  # of brackets
-MAX_LEVELS = 100  # of the syntax tree, where a sum has one for each term
+MAX_LEVELS = 100  # of the syntax tree, in which a sum has one for each term
 MAX_NUMBER = 1e100
 
-# Set by the training script, or of no use in it.
+# Arguments that the training script sets, or has no use for.
 HIDDEN = {"self", "params", "optimizer", "last_epoch", "differentiable", "capturable"}
 CLIPPING = [  # OneFlow's options of a parameter group, which every optimizer takes
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
@@ -67,13 +72,6 @@ VARIABLES = ("epoch", "step", "x")  # what an expression may call its argument
 CONSTANTS = {"pi": math.pi, "e": math.e}
 FUNCTIONS = {name: getattr(math, name) for name in ("exp", "log", "sqrt", "sin", "cos", "tanh")}
 FUNCTIONS |= {"floor": math.floor, "ceil": math.ceil, "abs": abs, "min": min, "max": max}
-OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
-    ast.USub: operator.neg, ast.UAdd: operator.pos,
-    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
-    ast.Eq: operator.eq, ast.NotEq: operator.ne,
-}  # fmt: skip
 
 
 def _power(base: float, exponent: float) -> float:
@@ -86,36 +84,45 @@ def _power(base: float, exponent: float) -> float:
         return math.inf
 
 
-def _evaluate(node: ast.expr, argument: float | None = None) -> float:
-    """The value of an arithmetic expression; VARIABLES stand for `argument` where there is one."""
+OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: _power,
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.USub: operator.neg, ast.UAdd: operator.pos,
+    ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+    ast.Eq: operator.eq, ast.NotEq: operator.ne,
+}  # fmt: skip
+
+
+def _evaluate(node: ast.expr, names: Mapping[str, float] = CONSTANTS) -> float:
+    """The value of an arithmetic expression with these `names`.
+
+    Raises:
+        UserError: it is anything else, or its value is no finite real number.
+    """
 
     def value(node: ast.expr) -> float:
-        return _evaluate(node, argument)
+        return _evaluate(node, names)
 
     match node:
         case ast.Constant(value=int() | float() as result):
             pass
-        case ast.Name(id=name) if name in CONSTANTS:
-            result = CONSTANTS[name]
-        case ast.Name(id=name) if name in VARIABLES and argument is not None:
-            result = argument
-        case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            result = _power(value(left), value(right))
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+        case ast.Name(id=name) if name in names:
+            result = names[name]
+        case (
+            ast.BinOp(left=left, op=op, right=right)
+            | ast.Compare(left=left, ops=[op], comparators=[right])
+        ) if type(op) in OPERATORS:
             result = OPERATORS[type(op)](value(left), value(right))
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
             result = OPERATORS[type(op)](value(operand))
-        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in OPERATORS:
-            result = OPERATORS[type(op)](value(left), value(right))
         case ast.IfExp(test=test, body=body, orelse=orelse):
             result = value(body) if value(test) else value(orelse)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
             result = FUNCTIONS[name](*map(value, args))
         case _:
-            known = [*CONSTANTS, *FUNCTIONS, *(() if argument is None else VARIABLES)]
             raise UserError(
                 f"{_short(ast.unparse(node))} is no value; known are numbers, arithmetic, "
-                f"{', '.join(known)}"
+                f"{', '.join([*names, *FUNCTIONS])}"
             )
     if isinstance(result, complex) or not abs(result) < MAX_NUMBER:
         raise UserError(f"{_short(ast.unparse(node))} is no finite real number")
@@ -133,7 +140,7 @@ class Expression:
 
     def __call__(self, argument: float) -> float:
         try:
-            return _evaluate(self.tree, argument)
+            return _evaluate(self.tree, CONSTANTS | dict.fromkeys(VARIABLES, argument))
         except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{self!r} at {argument}: {error}") from None
 
@@ -155,10 +162,21 @@ class Call:
     def all_calls(self) -> "Iterator[Call]":
         """This call and those inside it."""
         yield self
-        for value in self.arguments.values():
-            for inner in value if isinstance(value, list) else ():
-                if isinstance(inner, Call):
-                    yield from inner.all_calls()
+        for inner in self.arguments.get("schedulers", ()):
+            yield from inner.all_calls()
+
+
+@contextmanager
+def naming(call: Call) -> Iterator[None]:
+    """Turn whatever PyTorch raises on a call's arguments into a `UserError` that names the call."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{call}: {error or type(error).__name__}") from error
 
 
 def _parse(text: str) -> ast.expr:
@@ -188,11 +206,11 @@ def parse_call(text: str, classes: Classes) -> Call:
     """`Name` or `Name(argument, name=value, ...)` as a `Call` of one of the `classes`.
 
     Upper and lower case are the same, a name may go without its LR, and SHORT_NAMES are understood.
-    Of two classes with one name the first that knows all the arguments is taken.
+    Of two classes with the same name, the first that has all the arguments is taken.
 
     Raises:
-        UserError: no such name (the nearest come first in the message), an argument that is not in
-            the signature or of another type, or a text that is no such call.
+        UserError: the text is no such call, its name is not known (the message begins with the
+            nearest ones), or an argument is not in the signature or of another type.
     """
     try:
         return _read_call(_parse(text), classes)
@@ -222,7 +240,7 @@ def _read_call(node: ast.expr, classes: Classes) -> Call:
             problem = error
             continue
         for key, value in arguments.items():
-            arguments[key] = _checked(value, signature.parameters[key], cls)
+            arguments[key] = _validated(value, signature.parameters[key], cls)
         return Call(cls, dict(arguments))
     signatures = " or ".join(map(describe_signature, candidates))
     raise UserError(f"{_short(ast.unparse(node))}: {problem}; expected {signatures}")
@@ -234,12 +252,10 @@ def _find(name: str, classes: Classes) -> list[type]:
     for known, candidates in classes.items():
         if name.lower() in (known.lower(), known.lower().removesuffix("lr")):
             return candidates
-    nearest = sorted(classes, key=lambda known: -_likeness(name, known))
-    raise UserError(f"{_short(name)!r} is not known; expected one of {', '.join(nearest)}")
-
-
-def _likeness(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a.lower()[:60], b.lower()).ratio()
+    spelled = {known.lower(): known for known in classes}
+    nearest = difflib.get_close_matches(name.lower()[:60], spelled, n=len(spelled), cutoff=0)
+    names = ", ".join(spelled[known] for known in nearest)
+    raise UserError(f"{_short(name)!r} is not known; expected one of {names}")
 
 
 def _read_value(node: ast.expr, classes: Classes) -> Any:
@@ -266,7 +282,7 @@ def _read_element(node: ast.expr, classes: Classes) -> Any:
 
 
 def signature_of(cls: type) -> inspect.Signature:
-    """What a text may give to `cls`."""
+    """The arguments that a text may give to `cls`."""
     shown = [p for p in inspect.signature(cls).parameters.values() if p.name not in HIDDEN]
     return inspect.Signature(shown + (CLIPPING if issubclass(cls, Optimizer) else []))
 
@@ -283,54 +299,59 @@ def describe_signature(cls: type, filled: Collection[str] = ()) -> str:
     return f"{cls.__name__}({', '.join(shown)})"
 
 
-def _checked(value: Any, parameter: inspect.Parameter, cls: type) -> Any:
-    """`value`, made an `Expression` where a function is wanted.
+def _validated(value: Any, parameter: inspect.Parameter, cls: type) -> Any:
+    """`value` as the parameter takes it: an `Expression` where a function is expected.
 
     PyTorch's classes check few types: a milestone 'a' would silently never be reached.
+
+    Raises:
+        UserError: the value is of another type.
     """
-    kind, default = parameter.annotation, parameter.default
+    kind = parameter.annotation
     if kind is parameter.empty:
-        kind = type(default).__name__
-    elif not isinstance(kind, str):
-        kind = inspect.formatannotation(kind)
+        kind = type(parameter.default)
+    kind = kind if isinstance(kind, str) else inspect.formatannotation(kind)
     kind = re.sub(r"^(?:typing\.)?(?:Union|Optional)\[(.*)\]$", r"\1", kind)
+    if kind == "float" and issubclass(cls, LRScheduler):
+        kind = "float | list[float]"  # one for each parameter group
     if "Callable" in kind and isinstance(value, str):
         return Expression(value)
     if "Callable" in kind and isinstance(value, list):
-        return [_checked(each, parameter, cls) for each in value]
-
-    def fits(value: Any, words: set[str]) -> bool:
-        match value:
-            case None:
-                return default is None or "None" in words
-            case bool():
-                return "bool" in words
-            case str():
-                return not words.isdisjoint({"str", "Literal"})
-            case int() if "float" not in words:
-                return "int" in words and value >= 0  # whole numbers count something
-            case int() | float():
-                return "float" in words
-            case Call():
-                return "LRScheduler" in words
-            case tuple() if isinstance(default, tuple) and len(value) != len(default):
-                return False
-            case list() | tuple():
-                # Where a schedule wants a number it may get one for each parameter group.
-                sequence = {"list", "tuple", "Iterable", "Sequence"}
-                sequence |= {"float"} if issubclass(cls, LRScheduler) else set()
-                each = set(re.findall(r"\w+", kind)) - sequence | words & {"float"}
-                return not words.isdisjoint(sequence) and all(fits(v, each) for v in value)
-        return False
-
-    words = set(re.findall(r"\w+", re.sub(r"\[.*\]", "", kind)))
-    if not fits(value, words):
-        kind += " of at least 0" if type(value) is int and "int" in words else ""
+        return [_validated(each, parameter, cls) for each in value]
+    if not _fits(value, kind, parameter.default):
+        kind += " of at least 0" if type(value) is int and kind.startswith("int") else ""
         raise UserError(
             f"{cls.__name__}: {parameter.name}={_short(repr(value))} given, expected {kind}; "
             f"{describe_signature(cls)}"
         )
     return value
+
+
+def _fits(value: Any, kind: str, default: Any) -> bool:
+    """Whether `value` may replace `default` where the annotation is `kind`."""
+    sequences = {"list", "tuple", "Iterable", "Sequence"}
+    words = set(re.findall(r"\w+", re.sub(r"\[.*\]", "", kind)))
+    match value:
+        case None:
+            return default is None or "None" in words
+        case bool():
+            return "bool" in words
+        case str():
+            return not words.isdisjoint({"str", "Literal"})
+        case int() if "float" not in words:
+            return "int" in words and value >= 0  # whole numbers count something
+        case int() | float():
+            return "float" in words
+        case Call():
+            return "LRScheduler" in words
+        case tuple() if isinstance(default, tuple) and len(value) != len(default):
+            return False
+        case list() | tuple():
+            inside = " ".join(set(re.findall(r"\w+", kind)) - sequences)
+            return not words.isdisjoint(sequences) and all(
+                _fits(each, inside, default) for each in value
+            )
+    return False
 
 
 def _short(text: str) -> str:

@@ -1,11 +1,12 @@
-"""Muon, a few large matrix products instead of many small ones."""
+"""Muon in a few large matrix products instead of many small ones, and AdamW beside it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 from optimizers.stepwise import GroupwiseStep
 
@@ -21,7 +22,7 @@ class Muon(GroupwiseStep, torch.optim.Muon):
 
     Args:
         params: matrices, or groups of them.
-        packed: those of the matrices that are several above each other, and how many: each is
+        packed: which of the matrices are several stacked in one, and how many: each of these is
             orthogonalised by itself, as the query, key and value projections should be.
     """
 
@@ -39,7 +40,7 @@ class Muon(GroupwiseStep, torch.optim.Muon):
             updates = torch._foreach_lerp(grads, updates, group["momentum"])
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
-        # By shape, every matrix wide rather than tall: that of its transpose is the transpose.
+        # By shape, tall ones transposed: the update of a transpose is the update's transpose.
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for p, update in zip(params, updates, strict=True):
             parts = self._packed.get(p, 1)
@@ -53,6 +54,42 @@ class Muon(GroupwiseStep, torch.optim.Muon):
                 update = update if update.shape == matrix.shape else update.T
                 rate = group["lr"] * rate_factor(matrix.shape, group["adjust_lr_fn"])
                 matrix.add_(update, alpha=-rate)
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the groups marked `muon`, AdamW for the others.
+
+    Both work on the groups and the state of this one optimizer, so schedules and checkpoints see no
+    difference. AdamW's groups come first.
+
+    Args:
+        groups: of parameters, as for any optimizer; `muon` says whose they are.
+        muon: arguments of `Muon`.
+        adamw: arguments of `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, muon: dict[str, Any], adamw: dict[str, Any]
+    ) -> None:
+        self.adamw = AdamW([group for group in groups if not group["muon"]], **adamw)
+        self.muon = Muon([group for group in groups if group["muon"]], **muon)
+        super().__init__(self.adamw.param_groups + self.muon.param_groups, {})
+        self.defaults = self.muon.defaults  # where schedules look for a momentum to cycle
+        self._share()
+
+    def _share(self) -> None:
+        self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self.muon.param_groups = [group for group in self.param_groups if group["muon"]]
+        self.adamw.state = self.muon.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = self.muon.step(closure)
+        self.adamw.step()
+        return loss
 
 
 def orthogonalize(
