@@ -21,7 +21,7 @@ from common import cli
 from common.device import choose_device, choose_precision
 from common.errors import UserError
 from recipes import Settings
-from training.speed import keep_memory
+from training.speed import keep_freed_memory
 from vit_model import ViT
 
 SETTINGS = {
@@ -37,7 +37,7 @@ SETTINGS = {
 
 def steps(number: int) -> list[float]:
     """Seconds of each of so many steps of the default network, after three for warm-up."""
-    keep_memory()
+    keep_freed_memory()
     device = torch.device("cpu")
     precision = choose_precision("auto", device)
     torch.manual_seed(0)

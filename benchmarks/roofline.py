@@ -19,7 +19,7 @@ from common import cli
 from common.device import choose_device
 from recipes import RECIPES, Settings
 from train import forward_backward
-from training.speed import compile_network, keep_memory
+from training.speed import compile_network, keep_freed_memory
 from utils import Batch
 from vit_model import ViT
 
@@ -45,7 +45,7 @@ def main() -> None:
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)
-    keep_memory()
+    keep_freed_memory()
     settings = Settings(**RECIPES[args.recipe])
     torch.manual_seed(0)
     images = torch.randn(settings.batch_size, 1, 28, 28, device=device)

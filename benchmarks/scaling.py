@@ -23,7 +23,7 @@ from common.device import choose_device, choose_precision
 from common.distributed import World
 from data.mnist import load_mnist
 from recipes import Settings
-from training.speed import keep_memory
+from training.speed import keep_freed_memory
 from utils import make_loaders
 from vit_model import ViT, count_parameters
 
@@ -35,7 +35,7 @@ def work(
 ) -> None:
     """One process of `size`: an epoch, then one sum of gradients; the first writes the seconds."""
     torch.set_num_threads(threads)
-    keep_memory()
+    keep_freed_memory()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     world = World(rank, size, rank)
     device = distributed.device_of(world, device)

@@ -29,7 +29,7 @@ from common.device import choose_device
 from common.errors import UserError
 from data.mnist import load_mnist
 from recipes import Settings
-from training.speed import compile_network, keep_memory
+from training.speed import compile_network, keep_freed_memory
 from vit_model import TransformerBlock, ViT
 
 DEFAULTS = Settings()
@@ -148,7 +148,7 @@ def main() -> None:
         raise UserError(
             f"--steps x --batch_size are {images} images, MNIST trains on 54,000: lower one"
         )
-    keep_memory()
+    keep_freed_memory()
     dataset = load_mnist(args.data_dir)
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
     criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS.label_smoothing)

@@ -1,10 +1,14 @@
 """Train the Vision Transformer: arguments, data, model, optimizer, loop, checkpoint, report.
 
-This is the recipe, top to bottom. What keeps a run safe, its files, stops, other processes and bad
-numbers, is in training/run.py; the flags, with their defaults, are in recipes.py.
+This is the recipe, top to bottom. Around it
+
+    recipes.py             every flag and its default: `Settings`, how a run learns, `Options`, on what
+                           and where; the recipes; what a data set changes
+    training/run.py        what keeps a run safe: stops, steps that are not finite, other processes
+    training/run_files.py  what best_model.pt, last.pt and history.json hold, and the printed report
 """
 
-import common.startup  # noqa: F401 before PyTorch
+import common.startup  # noqa: F401 sets up threads, so before PyTorch
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -15,7 +19,7 @@ from common import cli
 from recipes import Options, Settings, parse_args, resolve
 
 if __name__ == "__main__":
-    cli.check_flags(parse_args)  # before PyTorch is imported, which takes seconds
+    cli.check_flags(parse_args)  # a wrong one ends the script here: PyTorch's import takes seconds
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +30,24 @@ from common.distributed import SINGLE_PROCESS, World, device_of, find_world
 from common.errors import UserError
 from data.augment import Augment
 from data.dataset import Dataset
-from data.load import load_on_all
+from data.load import load_on_all_processes
 from optim import build_optimizer, check_calls, clip_gradients, needs_closure
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule, build_scheduler
 from training.resume import SavedRun, seed_generators
 from training.run import Run, open_run
-from training.speed import keep_memory, prepare
+from training.speed import keep_freed_memory, prepare
 from utils import Batch, evaluate, make_loaders
 from vit_model import ViT
 
 
 def main() -> None:
-    options, given = parse_args()
+    typed, given = parse_args()  # given: the flags that the command line names
     world = find_world()
-    device = device_of(world, choose_device(options.device))
-    keep_memory()
-    with open_run(options, given, world, device) as (options, saved):
+    device = device_of(world, choose_device(typed.device))
+    keep_freed_memory()
+    # Of a run that is resumed the options are its own, but for the few that may change.
+    with open_run(typed, given, world, device) as (options, saved):
         settings, dataset = load_data(options, given, saved, world)
         train(options, settings, dataset, saved, device, world)
 
@@ -50,20 +55,27 @@ def main() -> None:
 def load_data(
     options: Options, given: Mapping[str, Any], saved: SavedRun | None, world: World
 ) -> tuple[Settings, Dataset]:
-    """The data set, and the run's settings on it; what is wrong is refused before a download."""
+    """The data set, and the settings of a run on it.
+
+    Wrong flags are refused before a download, so the settings are resolved twice: for the data set
+    that is expected, and for the one that came.
+
+    Raises:
+        UserError: flags contradict each other or have no effect, or the data set can't be had.
+    """
     if saved:
-        return saved.settings, load_on_all(saved.dataset, options.data_dir, world)
-    likely = "mnist" if options.dataset == "auto" else options.dataset
-    settings = resolve(options.recipe, likely, given)
+        return saved.settings, load_on_all_processes(saved.dataset, options.data_dir, world)
+    expected = "mnist" if options.dataset == "auto" else options.dataset
+    settings = resolve(options.recipe, expected, given)
     check_calls(settings.optimizer, settings.scheduler, swa_lr=settings.swa_lr, given=given)
-    if likely == "digits" and "data_dir" in given:
+    if expected == "digits" and "data_dir" in given:
         raise UserError(
             f"--data_dir {options.data_dir} has no effect: the digits come with scikit-learn; "
             "leave it out"
         )
-    # Who names a folder wants what is in it, and no digits in its place.
-    name = likely if "data_dir" in given else options.dataset
-    dataset = load_on_all(name, options.data_dir, world)
+    # With --data_dir, "auto" is MNIST alone: the digits are no replacement for a folder's content.
+    name = expected if "data_dir" in given else options.dataset
+    dataset = load_on_all_processes(name, options.data_dir, world)
     return resolve(options.recipe, dataset.name, given), dataset
 
 
@@ -81,8 +93,7 @@ def train(
         saved: a run to go on with; None: begin one.
         world: the processes that train together, each on a part of every batch.
     """
-    precision = choose_precision(options.precision, device)
-    loaders = train_loader, val_loader, test_loader = make_loaders(
+    loaders = make_loaders(
         dataset,
         settings.batch_size,
         options.num_workers,
@@ -93,41 +104,47 @@ def train(
         world=world,
     )
 
-    seed_generators(options.seed)
-    model_config = {"img_size": 28, "in_chans": 1, "num_classes": len(dataset.class_names)}
-    model_config |= settings.section("model")
+    train_loader, val_loader, test_loader = loaders
+
+    seed_generators(options.seed)  # alike in all processes, and so are the weights that are drawn
+    _, in_chans, img_size, _ = dataset.train.images.shape
+    model_config = {"img_size": img_size, "in_chans": in_chans}
+    model_config |= {"num_classes": len(dataset.class_names), **settings.section("model")}
     model = ViT(**model_config).to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     optimizer, schedule = build_optimizer_and_schedule(settings, model, len(train_loader))
     average = WeightAverage(model, ema_decay=settings.ema_decay, swa_start=settings.swa_start)
 
+    precision = choose_precision(options.precision, device)
     run = Run(options, settings, dataset, precision, device, world, saved)
-    run.start(model, model_config, optimizer, schedule, average, loaders)
-    how = {"precision": precision, "grad_accum_steps": options.grad_accum_steps, "world": world}
-    network = prepare(model, options.compile, train_loader, **how)  # compiled, or distributed
-    compute = partial(forward_backward, network, criterion, optimizer, **how)
-    with run:
+    run.start(model, model_config, optimizer, schedule, average, loaders)  # or where `saved` was
+    step_options = {"precision": precision, "grad_accum_steps": options.grad_accum_steps}
+    network = prepare(model, options.compile, train_loader, **step_options, world=world)
+    backward = partial(forward_backward, network, criterion, optimizer, **step_options, world=world)
+    with run:  # a stop, or a step that is not finite, ends the script here, in good order
         for epoch in run.epochs():
             model.train()
             for batch in run.batches(train_loader):
-                loss, hits = compute(batch)
+                loss, hits = backward(batch)
                 grad_norm = clip_gradients(optimizer, settings.grad_clip)
-                if used := run.is_finite(loss, grad_norm):
-                    take_step(optimizer, compute, batch, world)
+                finite = run.is_finite(loss, grad_norm)  # the same answer in all processes
+                if finite:
+                    take_step(optimizer, backward, batch, world)
                     average.step_batch()
                 schedule.step_batch()  # also after a skipped step: the run keeps its length
-                run.end_step(batch, loss, hits, grad_norm, used)
+                run.end_step(batch, loss, hits, grad_norm, finite)
             average.step_epoch(epoch)
+            # Of the averaged weights where there is an average, else of the model's own.
             validation = evaluate(average.module, val_loader, criterion, device, world)
             schedule.step_epoch(validation.loss)
-            run.end_epoch(validation)
+            run.end_epoch(validation)  # which keeps the model with the highest accuracy
     run.finish(evaluate(run.best_model(), test_loader, criterion, device, world))
 
 
 def build_optimizer_and_schedule(
     settings: Settings, model: nn.Module, steps_per_epoch: int
 ) -> tuple[Optimizer, Schedule]:
-    """AdamW and CosineAnnealingLR, or what the settings call for."""
+    """What `settings.optimizer` and `settings.scheduler` call for, with the flags beside them."""
     optimizer = build_optimizer(
         settings.optimizer,
         model,
@@ -161,29 +178,32 @@ def forward_backward(
     grad_accum_steps: int = 1,
     world: World = SINGLE_PROCESS,
 ) -> tuple[Tensor, Tensor]:
-    """Leave the gradient of the mean loss over the whole batch, of which this process has a part.
+    """Fill `.grad` with the gradient of the mean loss over the whole batch, in all processes.
 
-    The part passes the network in `grad_accum_steps` pieces, one after the other.
+    This process's part of the batch goes through the network in `grad_accum_steps` pieces, one
+    after the other; the batch and its gradient stay the same.
 
     Returns:
-        This process's share of the mean loss, and how many of its images are classified right.
+        This process's share of the mean loss; the shares of all processes add up to it. And how
+        many images of its part are classified right.
     """
     optimizer.zero_grad()
     loss = torch.zeros((), device=batch.images.device)
     hits = torch.zeros((), dtype=torch.int64, device=batch.images.device)
-    without_sync = getattr(network, "no_sync", nullcontext)  # of gradients, between processes
+    no_sync = getattr(network, "no_sync", nullcontext)  # only of several processes
     pieces = zip(
         batch.images.tensor_split(grad_accum_steps),
         batch.labels.tensor_split(grad_accum_steps),
         strict=True,
     )
     for i, (x, y) in enumerate(pieces, 1):
-        with without_sync() if i < grad_accum_steps else nullcontext():
+        with no_sync() if i < grad_accum_steps else nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = network(x).float()  # (B, num_classes)
-            # Of an empty piece, at the end of an epoch, the mean would be no number.
-            share = criterion(logits, y) * (len(y) / batch.size) if len(y) else logits.sum()
-            (share * world.size).backward()  # the mean over processes follows
+            # An empty piece, of an epoch's last batch, has no mean. Its sum, 0, has a backward pass
+            # too, which the other processes wait for.
+            share = criterion(logits, y) * (len(y) / batch.global_size) if len(y) else logits.sum()
+            (share * world.size).backward()  # the mean over processes makes it a sum
         loss += share.detach()
         hits += (logits.detach().argmax(dim=1) == y).sum()
     return loss, hits
@@ -191,13 +211,16 @@ def forward_backward(
 
 def take_step(
     optimizer: Optimizer,
-    compute: Callable[[Batch], tuple[Tensor, Tensor]],
+    backward: Callable[[Batch], tuple[Tensor, Tensor]],
     batch: Batch,
     world: World,
 ) -> None:
-    """Update the weights; LBFGS computes loss and gradient again at each point that it tries."""
+    """Update the weights by their gradients.
+
+    LBFGS computes loss and gradients again at each point that it tries, and takes them as they are.
+    """
     if needs_closure(optimizer):
-        optimizer.step(lambda: world.sum(compute(batch)[0]))
+        optimizer.step(lambda: world.sum(backward(batch)[0]))
     else:
         optimizer.step()
 

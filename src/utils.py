@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    size: int  # of the whole batch, in all processes together
+    global_size: int  # of the whole batch, in all processes together
 
 
 class Metrics(NamedTuple):

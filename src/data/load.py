@@ -24,7 +24,9 @@ def load_dataset(name: str, data_dir: str | Path = "./mnist") -> Dataset:
     raise UserError(f"data set {name!r} is not known: expected mnist or digits")
 
 
-def load_on_all(name: str, data_dir: str | Path, world: World = SINGLE_PROCESS) -> Dataset:
+def load_on_all_processes(
+    name: str, data_dir: str | Path, world: World = SINGLE_PROCESS
+) -> Dataset:
     """A data set by name, the same in all processes; one on each machine downloads it.
 
     Args:

@@ -54,7 +54,7 @@ class EpochSums:
             loss: this process's share of the whole batch's mean.
             hits: how many of this process's images were classified right.
         """
-        self.loss_and_hits += torch.stack((loss.double() * batch.size, hits.double()))
+        self.loss_and_hits += torch.stack((loss.double() * batch.global_size, hits.double()))
         self.images += len(batch.labels)
         self.grad_norm += grad_norm
 

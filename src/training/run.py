@@ -232,7 +232,7 @@ class Run:
         return False
 
     def end_step(
-        self, batch: Batch, loss: Tensor, hits: Tensor, grad_norm: Tensor, used: bool
+        self, batch: Batch, loss: Tensor, hits: Tensor, grad_norm: Tensor, finite: bool
     ) -> None:
         """Count the step; save or stop if it is time.
 
@@ -241,7 +241,7 @@ class Run:
         """
         sums, last_step = self.sums, len(self.loaders[0])
         sums.add_step(self._lrs)
-        if used:
+        if finite:
             sums.add_images(batch, loss, hits, grad_norm)
         if self._asks_later and (sums.steps % ASKED_EVERY == 0 or sums.steps == last_step):
             sums.check()

@@ -12,7 +12,7 @@ from common.errors import UserError
 from utils import BatchLoader
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the process keep the memory that it frees, where the C library is glibc.
 
     A training step allocates the same hundred megabytes as the one before. By default glibc gives
