@@ -2,8 +2,8 @@
 
 This is the recipe, top to bottom. Around it
 
-    recipes.py             every flag and its default: `Settings`, how a run learns, `Options`, on what
-                           and where; the recipes; what a data set changes
+    recipes.py             every flag and its default: `Settings`, how a run learns, `Options`, on
+                           what and where; the recipes; what a data set changes
     training/run.py        what keeps a run safe: stops, steps that are not finite, other processes
     training/run_files.py  what best_model.pt, last.pt and history.json hold, and the printed report
 """
@@ -103,7 +103,6 @@ def train(
         augment=Augment(**settings.section("augmentation")),
         world=world,
     )
-
     train_loader, val_loader, test_loader = loaders
 
     seed_generators(options.seed)  # alike in all processes, and so are the weights that are drawn

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from common.distributed import SINGLE_PROCESS, World
+from common.distributed import World
 from common.errors import UserError
 from data.dataset import DataMissingError, Dataset
 from data.digits import load_digits
@@ -24,9 +24,7 @@ def load_dataset(name: str, data_dir: str | Path = "./mnist") -> Dataset:
     raise UserError(f"data set {name!r} is not known: expected mnist or digits")
 
 
-def load_on_all_processes(
-    name: str, data_dir: str | Path, world: World = SINGLE_PROCESS
-) -> Dataset:
+def load_on_all_processes(name: str, data_dir: str | Path, world: World) -> Dataset:
     """A data set by name, the same in all processes; one on each machine downloads it.
 
     Args:
