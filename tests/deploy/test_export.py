@@ -197,7 +197,7 @@ np.save("outputs.npy", run(pixels).detach().numpy())
 
 
 def readme_snippet() -> str:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inference.md").read_text(), re.S)
     (snippet,) = [block for block in blocks if "onnxruntime" in block]
     return snippet
 
