@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis import explain, figures
-from analysis.report import calibration_errors, write_report
+from analysis import explain, figures, model_figures
+from analysis.report import reliability_text, write_report
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
@@ -86,7 +86,7 @@ def draw_predictions(task: Task) -> Figure:
     pixels, images, labels = _images(task, _random(task, 16))
     probabilities, guesses = (task.model(images) / task.temperature).softmax(dim=1).max(dim=1)
     right = int((guesses == labels).sum())
-    return figures.predictions(
+    return model_figures.predictions(
         pixels,
         [task.class_names[i] for i in labels.tolist()],
         [task.class_names[i] for i in guesses.tolist()],
@@ -115,11 +115,12 @@ def draw_attention(task: Task) -> Figure:
         )
     ]
     reader = "The CLS token's" if task.model.pool == "cls" else "All patches' mean"
-    return figures.attention(
+    return model_figures.attention(
         pixels,
         explain.patch_map(weights, task.model).cpu().numpy(),
         explain.patch_map(explain.rollout(weights), task.model).cpu().numpy(),
         titles,
+        (guesses == labels).tolist(),
         f"{reader} attention to each patch ({task.checkpoint['dataset']})",
     )
 
@@ -129,7 +130,7 @@ def draw_embeddings(task: Task) -> Figure:
     outputs, seed = task.outputs, task.args.seed or 0
     # Enough to see the classes; t-SNE of all 10,000 takes a minute.
     some = np.random.default_rng(seed).permutation(len(outputs.labels))[:MAPPED_IMAGES]
-    return figures.embeddings(
+    return model_figures.embeddings(
         explain.position_similarity(task.model),
         isinstance(task.model.pos_embed, nn.Parameter),
         *explain.filter_components(task.model),
@@ -152,8 +153,9 @@ def draw_confusion(task: Task) -> Figure:
         "probabilities": outputs.confidence[worst],
     }
     right = f"{100 * outputs.correct.mean():.2f} % of {len(outputs.labels):,} test images right"
-    return figures.confusion(
-        explain.confusion_matrix(outputs.labels, outputs.predicted, len(names)),
+    return model_figures.confusion(
+        outputs.confusion,
+        outputs.class_scores,
         names,
         mistakes,
         f"{right} ({task.checkpoint['dataset']})",
@@ -163,10 +165,9 @@ def draw_confusion(task: Task) -> Figure:
 def draw_calibration(task: Task) -> Figure:
     """Reliability diagram with the expected calibration error."""
     outputs = task.outputs
-    bins = explain.calibration(outputs.confidence, outputs.correct)
-    return figures.calibration(
-        bins,
-        f"Expected calibration error {calibration_errors(outputs)} "
+    return model_figures.reliability(
+        explain.reliability(outputs.confidence, outputs.correct),
+        f"Expected calibration error {reliability_text(outputs)} "
         f"({task.checkpoint['dataset']})\nmean confidence {100 * outputs.confidence.mean():.2f} %, "
         f"accuracy {100 * outputs.correct.mean():.2f} %",
     )

@@ -1,7 +1,8 @@
 """What a model's answers are worth: how sure it is, and whether an image is a digit at all.
 
-`fit` sets both when training has ended, a temperature and a measure of strangeness, and they go
-into the checkpoint as `calibration`. In the comments on shapes, beside the letters of vit_model.py,
+When training has ended, `fit` finds a temperature for the first and a measure of strangeness for
+the second. The checkpoint holds both as `calibration`. In the comments on shapes, beside the
+letters of vit_model.py,
 
     L: blocks that are looked at, up to three     K: classes     n: images
 """
@@ -24,17 +25,17 @@ FALSE_ALARMS = 0.01  # share of the validation images that are called strange
 
 @torch.no_grad()
 def fit(model: ViT, train: Split, val: BatchLoader) -> dict[str, Any]:
-    """Set temperature and measure of strangeness.
+    """Find a model's temperature and its measure of strangeness.
 
     Args:
         model: in evaluation mode.
         train: the training images, on the model's device; the first `TRAINING_IMAGES` are used.
-        val: the validation images, as the model reads them, not shuffled.
+        val: the validation images, normalised for the model and not shuffled.
 
     Returns:
-        `temperature`, by `fit_temperature` on the validation images; `whitening` (L, D, D) and
-        `centres` (L, K, D) of `strangeness`, from the training images; and `threshold`, the
-        strangeness that `FALSE_ALARMS` of the validation images exceed. Tensors are on the CPU.
+        `temperature`, which `fit_temperature` finds on the validation images; `whitening` (L, D, D)
+        and `centres` (L, K, D), which `strangeness` needs, from the training images; `threshold`,
+        the strangeness that `FALSE_ALARMS` of the validation images exceed. Tensors are on the CPU.
     """
     logits, vectors, labels = _read_all(model, val)
     plain = BatchLoader(train[:TRAINING_IMAGES], val.batch_size, val.mean, val.std)
@@ -45,7 +46,7 @@ def fit(model: ViT, train: Split, val: BatchLoader) -> dict[str, Any]:
     covariance = spread.mT @ spread / len(known)  # (L, D, D)
     variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
     covariance += (SHRINKAGE * variance + 1e-8) * torch.eye(covariance.shape[1])
-    # Half of the bytes: a rounded matrix serves as well, and the rest is computed with it.
+    # bf16 takes half of the bytes and serves as well; what follows is computed with it as rounded.
     whitening = torch.linalg.inv(torch.linalg.cholesky(covariance)).bfloat16()
     centres = means.transpose(0, 1) @ whitening.double().mT
     calibration = {"whitening": whitening, "centres": centres.float()}
@@ -57,9 +58,9 @@ def fit(model: ViT, train: Split, val: BatchLoader) -> dict[str, Any]:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T with which softmax(logits / T) makes the labels most likely.
 
-    Of few images all may be right, and T would be 0. So the labels count as if one in n + 2 were
-    drawn at random, much as in Platt, "Probabilistic Outputs for Support Vector Machines" (1999),
-    section 2.2.
+    Of few images all may be classified correctly, and T would be 0. So the labels are smoothed as
+    if one in n + 2 were drawn at random, much as in Platt, "Probabilistic Outputs for Support
+    Vector Machines" (1999), section 2.2.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2.
 
@@ -68,7 +69,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: (n,).
 
     Returns:
-        T in [1 / MAX_TEMPERATURE, MAX_TEMPERATURE]. The class stays the same with any.
+        T in [1 / MAX_TEMPERATURE, MAX_TEMPERATURE]. No T changes which class is predicted.
     """
     n, num_classes = logits.shape
     logits, drawn = logits.double(), 1 / (n + 2)
@@ -82,8 +83,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def read(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits (B, K), and what `strangeness` looks at: the mean tokens after a third, two thirds
-    and all of the blocks, (B, L, D).
+    """The logits (B, K), and the vectors (B, L, D) that `strangeness` looks at: the mean of the
+    tokens after a third, two thirds and all of the blocks.
 
     Args:
         images: normalised, (B, in_chans, img_size, img_size), on the model's device.
@@ -103,8 +104,8 @@ def strangeness(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
 
         sum over blocks of min over classes c of (x - m_c)^T C^-1 (x - m_c)
 
-    What the head reads is not enough: a trained network lays strange images beside those of a class
-    there. Earlier blocks still tell them apart.
+    The last block is not enough: there, a trained network places strange images beside those of a
+    class. Earlier blocks still tell them apart.
 
     Source: Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
     Adversarial Attacks" (2018), equations 1 and 2 and "feature ensemble", with equal weights.
@@ -116,7 +117,7 @@ def strangeness(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
 
 
 def is_strange(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
-    """Whether an image may be no digit: more strange than validation images are, bool (B,)."""
+    """Whether an image may be no digit, bool (B,): stranger than nearly all validation images."""
     if "threshold" not in calibration:
         return torch.zeros(len(vectors), dtype=torch.bool)
     return strangeness(vectors, calibration) > calibration["threshold"]

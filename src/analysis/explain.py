@@ -1,4 +1,4 @@
-"""What a trained model looks at and where it errs, as numbers; figures.py draws them.
+"""What a trained model looks at and where it is wrong, as numbers; model_figures.py draws them.
 
 In the comments on shapes, beside the letters of vit_model.py,
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import isqrt
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from vit_model import Attention, ViT
 def attention_weights(model: ViT, images: Tensor) -> Tensor:
     """The attention weights of every block and head, softmax(q k^T / sqrt(D / H)), without dropout.
 
-    The blocks are run one after the other on what they really read. No hook is set: the model stays
-    as it is, and may answer other threads meanwhile.
+    Each block gets the input that it has in a forward pass. No hook is set: the model stays as it
+    is and can serve other threads meanwhile.
 
     Args:
         images: normalised, (B, C, img_size, img_size), on the model's device.
@@ -36,10 +37,10 @@ def attention_weights(model: ViT, images: Tensor) -> Tensor:
         fp32 (B, L, H, T, T): the row of each query token sums to 1 over the key tokens.
     """
     weights = []
-    with _evaluating(model):
+    with _evaluation_mode(model):
         x = model.embed(images)
         for block in model.blocks:
-            weights.append(_weights(block.attn, block.norm1(x)))
+            weights.append(_weights_of_block(block.attn, block.norm1(x)))
             x = block(x)
     return torch.stack(weights, dim=1)
 
@@ -47,8 +48,8 @@ def attention_weights(model: ViT, images: Tensor) -> Tensor:
 def rollout(attention: Tensor) -> Tensor:
     """Attention rollout: how much of each input token reaches each token of the last block.
 
-    The heads are averaged, the residual connection counts as much as the attention, 0.5 A + 0.5 I,
-    and the blocks' matrices are multiplied.
+    The heads are averaged to A, the residual connection is given the same weight, 0.5 A + 0.5 I,
+    and these matrices are multiplied from the first block to the last.
 
     Source: Abnar & Zuidema, "Quantifying Attention Flow in Transformers" (2020), section 3.
 
@@ -64,21 +65,21 @@ def rollout(attention: Tensor) -> Tensor:
 
 
 def patch_map(matrices: Tensor, model: ViT) -> Tensor:
-    """What the head's input takes from each patch: attention weights or a rollout as a map.
+    """Attention weights or a rollout as a map: how much the head's input takes from each patch.
 
-    With a CLS token that is its row, without its own column, so a map sums to 1 less what CLS keeps
-    for itself. With `pool="mean"` the head reads the mean of the tokens, so the mean over the
-    query rows takes the row's place.
+    With a CLS token this is the row of CLS without its own column, so that a map sums to 1 less
+    what CLS keeps for itself. With `pool="mean"` the head reads the mean of the tokens, so it is
+    the mean of the query rows.
 
     Shape: (..., T, T) -> (..., side, side), for (B, L, H, T, T) and (B, T, T) alike.
     """
     row = matrices[..., 0, 1:] if model.pool == "cls" else matrices.mean(dim=-2)  # (..., N)
-    side = model.patch_embed.img_size // model.patch_embed.proj.kernel_size[0]
+    side = isqrt(row.shape[-1])
     return row.unflatten(-1, (side, side))
 
 
-def _weights(attn: Attention, x: Tensor) -> Tensor:
-    """The weights (B, H, T, T) with which `attn` reads its input x (B, T, D)."""
+def _weights_of_block(attn: Attention, x: Tensor) -> Tensor:
+    """The attention weights (B, H, T, T) of a block for its input x (B, T, D)."""
     B, T, D = x.shape
     heads, width = attn.num_heads, D // attn.num_heads
     qk = F.linear(x, attn.in_proj_weight[: 2 * D], attn.in_proj_bias[: 2 * D])  # (B, T, 2D)
@@ -87,7 +88,7 @@ def _weights(attn: Attention, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: ViT) -> Iterator[None]:
+def _evaluation_mode(model: ViT) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
@@ -101,16 +102,16 @@ def _evaluating(model: ViT) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model makes of a test set, image by image."""
+    """What a model computes for each image of a test set, and the scores that follow from it."""
 
     features: np.ndarray  # (n, D): what the head reads
     logits: np.ndarray  # (n, K)
     labels: np.ndarray  # (n,)
-    temperature: float = 1.0  # of the probabilities
+    temperature: float = 1.0  # the logits are divided by it before the softmax
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """Softmax of the logits over the temperature, (n, K)."""
+        """Softmax of the logits divided by the temperature, (n, K)."""
         return torch.from_numpy(self.logits).div(self.temperature).softmax(dim=1).numpy()
 
     @property
@@ -131,100 +132,103 @@ class Outputs:
 
     @property
     def correct(self) -> np.ndarray:
-        """Where the prediction is right, bool (n,)."""
+        """Whether each prediction is correct, bool (n,)."""
         return self.predicted == self.labels
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Counts of images (K, K): the true class is the row, the predicted class the column."""
+        from sklearn.metrics import confusion_matrix  # here, because the import takes seconds
+
+        classes = np.arange(self.logits.shape[1])
+        return confusion_matrix(self.labels, self.predicted, labels=classes)
+
+    @property
+    def class_scores(self) -> np.ndarray:
+        """Precision, recall and F1 of each class, (K, 3) in [0, 1]; 0 where one is undefined."""
+        from sklearn.metrics import precision_recall_fscore_support as scores
+
+        classes = np.arange(self.logits.shape[1])
+        columns = scores(self.labels, self.predicted, labels=classes, zero_division=0)[:3]
+        return np.stack(columns, axis=1)
 
 
 @torch.no_grad()
 def outputs(model: ViT, loader: BatchLoader, temperature: float = 1.0) -> Outputs:
-    """Run a model over all images of a loader, on its device, in fp32 and without dropout.
+    """Run a model on all images of a loader, on the loader's device, in fp32 and without dropout.
 
     Args:
-        temperature: of the probabilities, as `confidence.fit` finds it.
+        temperature: as `confidence.fit` finds it.
     """
     parts = []
     bar = tqdm(loader, desc="test images", unit="batch", leave=False, disable=None)
-    with _evaluating(model):
+    with _evaluation_mode(model):
         for images, labels in bar:
-            read = model.features(images)
-            parts.append((read, model.head(read), labels))
+            features = model.features(images)
+            parts.append((features, model.head(features), labels))
     columns = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     return Outputs(*columns, temperature)
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts (K, K) of images: the true class is the row, the predicted one the column."""
-    pairs = labels * num_classes + predicted
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Per class `precision`, `recall` and `f1`, each (K,) in [0, 1]; 0 where they are undefined.
-
-    Precision: of the images taken for the class, the share that is of it. Recall: of the images
-    of the class, the share taken for it. F1: their harmonic mean.
-    """
-    hits = np.diag(confusion).astype(float)
-    taken, there = confusion.sum(axis=0), confusion.sum(axis=1)
-    return {
-        "precision": hits / np.maximum(taken, 1),
-        "recall": hits / np.maximum(there, 1),
-        "f1": 2 * hits / np.maximum(taken + there, 1),
-    }
-
-
 @dataclass(frozen=True)
-class Calibration:
-    """How far confidence and accuracy agree, by bins of equal width over the confidence."""
+class Reliability:
+    """How well confidence matches accuracy, in bins of equal width over the confidence."""
 
-    counts: np.ndarray  # (bins,): images in the bin
-    confidence: np.ndarray  # (bins,): their mean confidence, 0 where there are none
-    accuracy: np.ndarray  # (bins,): the share of them that is right, 0 where there are none
+    counts: np.ndarray  # (bins,): images in each bin
+    correct: np.ndarray  # (bins,): how many of them are classified correctly
+    confidence: np.ndarray  # (bins,): their mean confidence, 0 in an empty bin
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        """The share of each bin's images that is classified correctly, 0 in an empty bin."""
+        return self.correct / np.maximum(self.counts, 1)
 
     @property
     def expected_error(self) -> float:
-        """Expected calibration error: the mean of |accuracy - confidence| over the images' bins."""
+        """Expected calibration error: |accuracy - confidence| of the bins, weighted by images."""
         gaps = np.abs(self.accuracy - self.confidence)
         return float(gaps @ self.counts / self.counts.sum())
 
-    @property
-    def interval(self) -> np.ndarray:
-        """95 % confidence interval of `accuracy`, low and high ends, (2, bins) (Wilson, 1927)."""
-        n, z = np.maximum(self.counts, 1), 1.96
-        middle = (self.accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z * np.sqrt(self.accuracy * (1 - self.accuracy) / n + z**2 / (4 * n**2))
-        return np.stack((middle - half / (1 + z**2 / n), middle + half / (1 + z**2 / n)))
 
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Reliability:
+    """Sort predictions by confidence into the bins ((m - 1) / bins, m / bins].
 
-def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Calibration:
-    """Sort predictions by confidence into bins ((m - 1) / bins, m / bins].
-
-    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), equations 2, 3 and 5,
-    with its 15 bins.
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), equations 2, 3 and 5.
 
     Args:
         confidence: the probability of the predicted class, (n,).
-        correct: whether it is right, (n,).
+        correct: whether it is the true class, bool (n,).
+        bins: 15 in the paper.
     """
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     counts = np.bincount(index, minlength=bins)
-    divisor = np.maximum(counts, 1)
-    return Calibration(
-        counts,
-        np.bincount(index, weights=confidence, minlength=bins) / divisor,
-        np.bincount(index, weights=correct, minlength=bins) / divisor,
-    )
+    hits = np.bincount(index[correct], minlength=bins)
+    totals = np.bincount(index, weights=confidence, minlength=bins)
+    return Reliability(counts, hits, totals / np.maximum(counts, 1))
+
+
+def accuracy_interval(correct: int, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of an accuracy, both ends in [0, 1] (Wilson, 1927).
+
+    Args:
+        correct: images classified correctly, of `count` > 0.
+    """
+    from scipy.stats import binomtest  # here, because the import takes seconds
+
+    return tuple(binomtest(correct, count).proportion_ci(0.95, method="wilson"))
 
 
 # ------------------------------------------------------------------------------------- embeddings
 
 
 def position_similarity(model: ViT) -> np.ndarray:
-    """Cosine similarity of the patches' position embeddings, (side, side, side, side): [i, j] is
-    the map for the patch in row i and column j (ViT, figure 7, centre). CLS is left out."""
+    """Cosine similarity of the patches' position embeddings, (side, side, side, side).
+
+    [i, j] is the map for the patch in row i and column j (ViT, figure 7, centre). CLS is left out.
+    """
     vectors = model.pos_embed.detach()[0, -model.patch_embed.num_patches :].float()  # (N, D)
     vectors = F.normalize(vectors, dim=1)
-    side = model.patch_embed.img_size // model.patch_embed.proj.kernel_size[0]
+    side = isqrt(model.patch_embed.num_patches)
     return (vectors @ vectors.T).view(side, side, side, side).cpu().numpy()
 
 
@@ -232,8 +236,9 @@ def filter_components(model: ViT, count: int = 28) -> tuple[np.ndarray, np.ndarr
     """The principal components of the patch embedding's filters (ViT, figure 7, left).
 
     Returns:
-        The first `count` components or all, (count, patch_size, patch_size), of the mean over the
-        image's channels, and each one's share of the filters' variance, (count,).
+        The first `count` components, or all if there are fewer, of the filters averaged over the
+        image's channels, (count, patch_size, patch_size); and the share of the filters' variance
+        that each explains, (count,).
     """
     filters = model.patch_embed.proj.weight.detach().float().mean(dim=1).cpu()  # (D, P, P)
     rows = filters.flatten(1).double().numpy()
@@ -243,7 +248,7 @@ def filter_components(model: ViT, count: int = 28) -> tuple[np.ndarray, np.ndarr
 
 
 def project(vectors: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """Maps of vectors (n, D) to the plane, each (n, 2): `PCA` and `t-SNE` (van der Maaten &
+    """Vectors (n, D) projected to the plane, (n, 2) each, by `PCA` and by `t-SNE` (van der Maaten &
     Hinton, 2008)."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE

@@ -1,9 +1,9 @@
-"""The numbers behind the pictures: attention, rollout, scores by class, calibration, embeddings."""
+"""The numbers behind the pictures: attention, rollout, scores by class, reliability, embeddings."""
 
 import numpy as np
 import pytest
-import sklearn.metrics
 import torch
+from sklearn.decomposition import PCA
 from torch import nn
 
 from analysis import explain
@@ -45,37 +45,31 @@ def test_attention_weights_are_those_of_multihead_attention_called_by_hand(model
     assert found.max() > 0.5  # not the near-uniform weights that any formula would give
 
     model.eval()
-    seen = []  # what each block's attention really reads in a forward pass
-    hooks = [
-        block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        for block in model.blocks
-    ]
+    inputs = []  # what each block's attention really reads in a forward pass
+    for block in model.blocks:
+        block.attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         model(images)
-    for hook in hooks:
-        hook.remove()
-    for layer, (block, x) in enumerate(zip(model.blocks, seen, strict=True)):
-        reference = nn.MultiheadAttention(24, 4, batch_first=True).eval()
-        reference.load_state_dict(block.attn.state_dict())
-        with torch.no_grad():
+        for layer, (block, x) in enumerate(zip(model.blocks, inputs, strict=True)):
+            reference = nn.MultiheadAttention(24, 4, batch_first=True).eval()
+            reference.load_state_dict(block.attn.state_dict())
             _, expected = reference(x, x, x, need_weights=True, average_attn_weights=False)
-        assert torch.allclose(found[:, layer], expected, atol=1e-6)
+            assert torch.allclose(found[:, layer], expected, atol=1e-6)
 
 
-def test_asking_for_attention_and_outputs_leaves_the_model_as_it_was(model, images):
-    for training in (True, False):
-        model.train(training)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            before = model(images)
-        explain.attention_weights(model, images)
-        explain.outputs(model, BatchLoader(load_digits().test[:9], 5, 0.0, 1.0))
-        torch.manual_seed(1)
-        with torch.no_grad():
-            assert torch.equal(model(images), before)
-        assert all(module.training == training for module in model.modules())
-        hooks = [m._forward_pre_hooks or m._forward_hooks for m in model.modules()]
-        assert not any(hooks)
+@pytest.mark.parametrize("training", [True, False])
+def test_asking_for_attention_and_outputs_leaves_the_model_as_it_was(model, images, training):
+    model.train(training)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        before = model(images)
+    explain.attention_weights(model, images)
+    explain.outputs(model, BatchLoader(load_digits().test[:9], 5, 0.0, 1.0))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert torch.equal(model(images), before)
+    assert all(module.training == training for module in model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -108,45 +102,40 @@ def test_a_patch_map_is_what_the_head_reads_of_each_patch(model, images):
 # ---------------------------------------------------------------------------------- on a test set
 
 
-def test_features_are_what_the_head_reads(model, images):
-    model.eval()
-    with torch.no_grad():
-        assert torch.equal(model.head(model.features(images)), model(images))
-
-
 def test_outputs_are_the_models_own_on_every_image(model):
     test = load_digits().test
     outputs = explain.outputs(model, BatchLoader(test, 50, 0.1593, 0.2986))
     with torch.no_grad():
         logits = model.eval()((test.images / 255 - 0.1593) / 0.2986)
+        from_features = model.head(torch.from_numpy(outputs.features))
     np.testing.assert_allclose(outputs.probabilities, logits.softmax(1).numpy(), atol=1e-6)
-    assert outputs.features.shape == (180, 24)
+    np.testing.assert_allclose(outputs.logits, from_features, atol=1e-6)
     assert outputs.labels.tolist() == test.labels.tolist()
     assert outputs.correct.sum() == (logits.argmax(1) == test.labels).sum()
 
 
-def test_scores_by_class_are_those_of_scikit_learn():
-    generator = np.random.default_rng(0)
-    labels = generator.integers(0, 8, 500)  # classes 8 and 9 do not occur
-    predicted = np.where(generator.random(500) < 0.7, labels, generator.integers(1, 10, 500))
-    confusion = explain.confusion_matrix(labels, predicted, 10)
-    classes = list(range(10))
-    expected = sklearn.metrics.confusion_matrix(labels, predicted, labels=classes)
-    assert np.array_equal(confusion, expected)
-    precision, recall, f1, _ = sklearn.metrics.precision_recall_fscore_support(
-        labels, predicted, labels=classes, zero_division=0
-    )
-    scores = explain.class_scores(confusion)
-    np.testing.assert_allclose(scores["precision"], precision)
-    np.testing.assert_allclose(scores["recall"], recall)
-    np.testing.assert_allclose(scores["f1"], f1)
+def test_scores_by_class_of_a_case_by_hand():
+    labels, predicted = np.array([0, 0, 0, 1, 1, 4]), np.array([0, 0, 1, 1, 2, 0])
+    logits = np.eye(5, dtype=np.float32)[predicted]
+    outputs = explain.Outputs(features=logits, logits=logits, labels=labels)
+    assert outputs.confusion.tolist() == [
+        [2, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0],  # never there, and predicted once
+        [0, 0, 0, 0, 0],  # neither
+        [1, 0, 0, 0, 0],  # there once, and never predicted
+    ]
+    expected = [[2 / 3, 2 / 3, 2 / 3], [1 / 2, 1 / 2, 1 / 2], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(outputs.class_scores, expected)
+    skewed = explain.Outputs(logits, logits, np.array([0, 0, 1, 1, 1, 1]))
+    np.testing.assert_allclose(skewed.class_scores[0], [2 / 3, 1, 4 / 5])  # precision, recall, F1
 
 
-def test_calibration_of_a_case_by_hand():
+def test_reliability_of_a_case_by_hand():
     confidence = np.array([0.55, 0.6, 0.8, 0.9, 0.95, 1.0])
-    correct = np.array([1, 0, 1, 1, 0, 1])
-    found = explain.calibration(confidence, correct, bins=5)
-    # ]0.4, 0.6]: 0.55 right, 0.6 wrong.  ]0.6, 0.8]: 0.8 right.  ]0.8, 1]: 3 of 3 but one right.
+    correct = np.array([True, False, True, True, False, True])
+    found = explain.reliability(confidence, correct, bins=5)
+    # ]0.4, 0.6]: 0.55 right, 0.6 wrong.  ]0.6, 0.8]: 0.8 right.  ]0.8, 1]: two of three right.
     assert found.counts.tolist() == [0, 0, 2, 1, 3]
     np.testing.assert_allclose(found.confidence, [0, 0, 0.575, 0.8, 0.95])
     np.testing.assert_allclose(found.accuracy, [0, 0, 0.5, 1, 2 / 3])
@@ -154,10 +143,19 @@ def test_calibration_of_a_case_by_hand():
     assert found.expected_error == pytest.approx(by_hand)
 
 
-def test_calibration_of_certainty_and_of_nothing_certain():
-    always_right = explain.calibration(np.ones(10), np.ones(10, bool))
+def test_reliability_of_certainty_and_of_nothing_certain():
+    always_right = explain.reliability(np.ones(10), np.ones(10, bool))
     assert len(always_right.counts) == 15 and always_right.expected_error == 0
-    assert explain.calibration(np.zeros(4), np.zeros(4, bool)).counts[0] == 4
+    assert explain.reliability(np.zeros(4), np.zeros(4, bool)).counts[0] == 4
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 5), (3, 7), (9897, 10_000), (5, 5)])
+def test_the_interval_of_an_accuracy_is_wilsons(correct, count):
+    z, p = 1.959964, correct / count
+    middle = (p + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    expected = (middle - half, middle + half)
+    assert explain.accuracy_interval(correct, count) == pytest.approx(expected, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------- embeddings
@@ -173,9 +171,8 @@ def test_position_similarity_is_the_cosine_between_patches(model):
     np.testing.assert_allclose(found.reshape(16, 16).diagonal(), 1, atol=1e-6)
 
 
-def test_filter_components_are_the_principal_ones_of_the_filters(model):
-    from sklearn.decomposition import PCA
-
+def test_filter_components_are_the_principal_ones_of_the_filters():
+    model = ViT(depth=1, embed_dim=24, patch_size=7)
     components, shares = explain.filter_components(model, 5)
     reference = PCA(5).fit(model.patch_embed.proj.weight.detach().numpy().reshape(24, 49))
     np.testing.assert_allclose(shares, reference.explained_variance_ratio_, rtol=1e-4)
@@ -186,11 +183,10 @@ def test_filter_components_are_the_principal_ones_of_the_filters(model):
 def test_projections_keep_classes_apart_and_repeat():
     generator = np.random.default_rng(0)
     vectors = generator.normal(size=(60, 8)) + 20 * np.repeat(np.eye(3, 8), 20, axis=0)
-    maps = explain.project(vectors, seed=3)
+    maps, again = explain.project(vectors, seed=3), explain.project(vectors, seed=3)
     for name, points in maps.items():
-        assert points.shape == (60, 2), name
-        centres = points.reshape(3, 20, 2).mean(axis=1, keepdims=True)
-        spread = np.abs(points.reshape(3, 20, 2) - centres).max()
+        groups = points.reshape(3, 20, 2)
+        centres = groups.mean(axis=1, keepdims=True)
+        spread = np.abs(groups - centres).max()
         assert min(np.linalg.norm(centres[i] - centres[i - 1]) for i in range(3)) > spread, name
-    again = explain.project(vectors, seed=3)
-    assert all(np.array_equal(again[name], points) for name, points in maps.items())
+        assert np.array_equal(again[name], points), name
