@@ -15,6 +15,7 @@ import inference
 from analysis import explain, figures, report
 from common.errors import UserError
 from data.digits import load_digits
+from deploy.flags import FLAGS_OF_MODES
 from saving.checkpoint import PUBLISHED, load_checkpoint, save_checkpoint
 from utils import BatchLoader
 from vit_model import ViT
@@ -64,7 +65,7 @@ def drawn(monkeypatch) -> list:
 @pytest.mark.parametrize("mode", PICTURES)
 def test_a_mode_writes_its_picture(run, tmp_path, mean_checkpoint, mode, drawn):
     flags = ["--mode", mode, "--checkpoint", mean_checkpoint, "--output", "p.png"]
-    if mode in inference.FLAGS_OF_MODES["seed"][0]:
+    if mode in FLAGS_OF_MODES["seed"][0]:
         flags += ["--seed", 1]
     result = run(inference.main, *flags)
     assert result.status == 0 and "Written: p.png" in result.out, result.err
