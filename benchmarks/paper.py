@@ -20,12 +20,9 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from common import cli
-from common.device import choose_device
 from common.errors import UserError
-from data.load import load_dataset
 from deploy.digit_image import read_digit
 from deploy.predict import predict
-from saving.checkpoint import find_checkpoint, load_checkpoint
 
 Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
 
@@ -315,27 +312,14 @@ def with_interval(right: np.ndarray) -> tuple[str, str]:
 
 def main() -> None:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", help="trained model; None: as in src/inference.py, else the pretrained one"
-    )
     parser.add_argument("--images", default=100, type=cli.integer(1, 300), help="of each kind")
-    parser.add_argument(
-        "--split", default="test", choices=["val", "test"], help="whose digits; val to develop"
-    )
     parser.add_argument("--kinds", default=None, nargs="+", choices=KINDS, help="None: all")
-    parser.add_argument("--seed", default=0, type=cli.integer(0), help="of all that is drawn")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the pictures there")
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
-    report.add_record(parser)
+    report.add_reading(parser)
     args = parser.parse_args()
-    device = choose_device(args.device)
-    model, checkpoint = load_checkpoint(find_checkpoint(args.checkpoint))
-    model = model.to(device)
+    model, checkpoint, split = report.load_reading(args)
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
-
-    split = getattr(load_dataset("mnist", args.data_dir), args.split)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed))
 
     def right(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -343,10 +327,10 @@ def main() -> None:
 
     rows, read_rightly, themselves = [], [], []
     for name in tqdm(args.kinds or KINDS, desc="kinds", disable=None):
-        # Of the kind's place in the table, so that a kind alone gives the pictures it gives in all.
-        place = list(KINDS).index(name)
-        generator = np.random.default_rng([args.seed, place])
-        part = split[order[place * args.images :][: args.images]]  # each kind has digits of its own
+        # By the kind's row in the table: a kind gives the same pictures alone as among all.
+        row = list(KINDS).index(name)
+        generator = np.random.default_rng([args.seed, row])
+        part = split[order[row * args.images :][: args.images]]  # each kind has digits of its own
         originals, labels = part.images[:, 0].numpy(), part.labels.numpy()
         files = [photograph(digit, KINDS[name], generator) for digit in originals]
         names = [f"{name.replace(' ', '-')}-{i:04}-{n}" for i, n in enumerate(labels)]
@@ -364,7 +348,7 @@ def main() -> None:
         f"Photos of paper: {args.images} digits of MNIST's {args.split} split in each kind",
         ["kind of picture", "read rightly", "95 % interval", "refused"],
         rows,
-        device=device,
+        device=next(model.parameters()).device,
         record=args.record,
     )
 

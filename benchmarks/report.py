@@ -22,12 +22,18 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 
-from common.device import describe_threads  # noqa: E402
+from common import cli  # noqa: E402
+from common.device import choose_device, describe_threads  # noqa: E402
 from common.errors import UserError  # noqa: E402
 from common.files import write_text  # noqa: E402
+from data.dataset import Split  # noqa: E402
+from data.load import load_dataset  # noqa: E402
+from deploy.flags import add_checkpoint  # noqa: E402
 from optim import clip_gradients  # noqa: E402
+from saving.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
 from train import forward_backward  # noqa: E402
 from utils import Batch, BatchLoader  # noqa: E402
+from vit_model import ViT  # noqa: E402
 
 RECORDS = Path(__file__).with_name("RECORDS.md")
 
@@ -37,6 +43,26 @@ def add_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record", action="store_true", help="append the table to benchmarks/RECORDS.md as well"
     )
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The flags of a benchmark that reads digits in pictures; `load_reading` reads them."""
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--split", default="test", choices=["val", "test"], help="whose digits; val to develop"
+    )
+    parser.add_argument("--seed", default=0, type=cli.integer(0), help="of all that is drawn")
+    cli.add_data_dir(parser)
+    cli.add_device(parser)
+    add_record(parser)
+
+
+def load_reading(args: argparse.Namespace) -> tuple[ViT, dict[str, Any], Split]:
+    """The model on the device, its checkpoint, and MNIST's digits, as the flags say."""
+    device = choose_device(args.device)
+    model, checkpoint = load_checkpoint(find_checkpoint(args.checkpoint))
+    split = getattr(load_dataset("mnist", args.data_dir), args.split)
+    return model.to(device), checkpoint, split
 
 
 def processor() -> str:

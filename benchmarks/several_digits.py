@@ -18,12 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from common import cli
-from common.device import choose_device
 from common.errors import UserError
-from data.load import load_dataset
 from deploy.digit_image import read_digits
 from deploy.predict import answer
-from saving.checkpoint import find_checkpoint, load_checkpoint
 from vit_model import ViT
 
 PRINTED = (
@@ -216,21 +213,11 @@ def read_all(
 
 def main() -> None:
     parser = cli.Parser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", help="trained model; None: as in src/inference.py, else the pretrained one"
-    )
     parser.add_argument("--rows", default=500, type=cli.integer(1, 10_000), help="of MNIST digits")
     parser.add_argument("--drawn", default=10, type=cli.integer(1, 1000), help="times each number")
-    parser.add_argument("--split", default="test", choices=["val", "test"], help="whose digits")
-    parser.add_argument("--seed", default=0, type=cli.integer(0), help="of all that is drawn")
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
-    report.add_record(parser)
+    report.add_reading(parser)
     args = parser.parse_args()
-    device = choose_device(args.device)
-    model, checkpoint = load_checkpoint(find_checkpoint(args.checkpoint))
-    model = model.to(device)
-    split = getattr(load_dataset("mnist", args.data_dir), args.split)
+    model, checkpoint, split = report.load_reading(args)
     digits, labels = split.images[:, 0].numpy(), split.labels.numpy()
 
     generator = np.random.default_rng(args.seed)
@@ -250,7 +237,7 @@ def main() -> None:
         f"Several digits: rows of MNIST's {args.split} split, printed and drawn numbers",
         ["kind of picture", "pictures", "all digits right", "as many digits as there are"],
         table,
-        device=device,
+        device=next(model.parameters()).device,
         record=args.record,
     )
 

@@ -2,37 +2,24 @@
 
 import common.startup  # noqa: F401 before PyTorch
 
-import argparse
+from common import cli
+from deploy.flags import parse_demo_args
+
+if __name__ == "__main__":
+    cli.check_flags(parse_demo_args)  # before PyTorch is imported, which takes seconds
+
+import os
 import socket
 from ipaddress import ip_address
 
 import torch
 
-from common import cli
 from common.device import choose_device
 from common.errors import UserError
+from deploy.predict import check_image_shape
 from saving.checkpoint import find_checkpoint, load_checkpoint
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint",
-        help="trained model; None: ./checkpoints/best_model.pt if it is there, else the pretrained "
-        "one of this repository",
-    )
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to serve on: 127.0.0.1 for this computer alone, 0.0.0.0 for its networks",
-    )
-    parser.add_argument(
-        "--port", type=cli.integer(0, 65535), default=7860, help="port to serve on; 0: any free one"
-    )
-    cli.add_device(parser)
-    return parser.parse_args()
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -48,8 +35,8 @@ def open_socket(host: str, port: int) -> socket.socket:
         ) from None
     except OSError as error:
         raise UserError(
-            f"port {port} of {host} cannot be opened ({error.strerror}); give another --port, or a "
-            "--host that is this computer"
+            f"port {port} of {host} cannot be opened: {os.strerror(error.errno)}; "
+            "give another --port, or a --host that is this computer"
         ) from None
 
 
@@ -59,7 +46,7 @@ def in_url(host: str) -> str:
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_demo_args()
     try:
         from deploy.demo_app import make_app, serve
     except ModuleNotFoundError as error:  # an extra, since the other scripts do without
@@ -70,12 +57,7 @@ def main() -> None:
     device = choose_device(args.device)
     path = find_checkpoint(args.checkpoint)
     model, checkpoint = load_checkpoint(path)
-    config = checkpoint["model_config"]
-    if (config["img_size"], config["in_chans"]) != (28, 1):
-        raise UserError(
-            f"{path} takes images of {config['in_chans']}x{config['img_size']}x"
-            f"{config['img_size']}, expected 1x28x28"
-        )
+    check_image_shape(checkpoint, path)
     with open_socket(args.host, args.port) as listener:
         torch.set_num_threads(1)  # one digit is too little work to share
         address, port = listener.getsockname()[:2]

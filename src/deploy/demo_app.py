@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from analysis.explain import attention_weights, patch_map, rollout
 from common.errors import UserError
 from deploy.digit_image import Digit, Reading, read_digits
-from deploy.predict import predict
+from deploy.predict import describe_digit, predict
 from vit_model import ViT, count_parameters
 
 PAGE = Path(__file__).with_name("demo_page")
@@ -81,7 +81,9 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
         except UserError as error:
             raise HTTPException(422, str(error)) from None
 
-    routes = [Route(path, page_file(name)) for path, name in FILES.items()]
+    routes = [
+        Route(path, lambda _, name=name: FileResponse(PAGE / name)) for path, name in FILES.items()
+    ]
     routes += [Route("/model", describe), Route("/predict", read, methods=["POST"])]
     return Starlette(
         routes=routes,
@@ -89,7 +91,7 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
         exception_handlers={
             HTTPException: lambda _, error: say(error.detail, error.status_code),
             ClientDisconnect: lambda *_: Response(status_code=400),  # nobody is there to read it
-            Exception: lambda *_: say("this went wrong here; the terminal says how", 500),
+            Exception: lambda *_: say("the server failed; its terminal says how", 500),
         },
     )
 
@@ -110,10 +112,9 @@ def answer(model: ViT, checkpoint: dict[str, Any], reading: Reading) -> dict[str
     """What the page shows of the digits in a picture.
 
     Returns:
-        `size` of the picture; `digits` in the order in which they are written, each with its
-        `prediction`, the classes' `probabilities`, its `box` in the picture, whether it
-        `may_be_no_digit`, the rows of 28x28 pixels `received`, and `attention`, the rollout's
-        rows over the patches.
+        `size` of the picture, and `digits` in the order in which they are written: of each what
+        `describe_digit` tells, but `probabilities` as a list, its 28x28 pixels as rows, `received`,
+        and `attention`, the rollout's rows over the patches.
     """
     images = np.stack([digit.pixels for digit in reading.digits])
     predictions = predict(model, images, checkpoint)
@@ -122,10 +123,8 @@ def answer(model: ViT, checkpoint: dict[str, Any], reading: Reading) -> dict[str
     attention = patch_map(rollout(attention_weights(model, (pixels - mean) / std)), model)
     digits = [
         {
-            "prediction": checkpoint["class_names"][int(probabilities.argmax())],
+            **describe_digit(digit, probabilities, strange, checkpoint["class_names"]),
             "probabilities": probabilities.tolist(),
-            "box": digit.box,
-            "may_be_no_digit": bool(strange),
             "received": digit.pixels.tolist(),
             "attention": looked.tolist(),
         }
@@ -154,15 +153,6 @@ async def receive(request: Request) -> bytes:
     if not size:
         raise HTTPException(400, "nothing was sent; expected the bytes of an image file")
     return bytes(picture)
-
-
-def page_file(name: str):
-    """The endpoint that serves one file of the page."""
-
-    async def endpoint(_: Request) -> Response:
-        return FileResponse(PAGE / name)
-
-    return endpoint
 
 
 def say(message: str, status: int) -> Response:

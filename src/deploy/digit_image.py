@@ -1,11 +1,11 @@
 """Brings a picture of a digit, a drawing or a photo of paper, to the form of MNIST's images.
 
 MNIST's digits are light on black, scaled to fit a box of 20x20 with their proportions kept, and
-placed in 28x28 with their centre of mass in the middle (LeCun et al., 1998, section III.A), which
-is pixel (14, 14) counted from 0: so placed, MNIST's own images come out as they are.
+placed in 28x28 with their centre of mass in the middle (LeCun et al., 1998, section III.A). The
+middle is pixel (14, 14), counted from 0: with it MNIST's own images come out as they are.
 
 On the way a picture is an array: colour (H, W, 3) or grey (H, W, 1) in [0, 1] as it was read, then
-how much darker than its paper each pixel is, "ink" (H, W), from 0 on.
+"ink" (H, W), how much darker than its paper each pixel is, from 0 on.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from common.errors import UserError
 from deploy.digit_pieces import group_pieces
 from deploy.printed_lines import without_lines
 
-# What pictures come in. Pillow knows more: for EPS it would run the file as a program.
+# What is read. Pillow knows more formats: for EPS it would run the file as a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
 MAX_SIDE = 10_000  # pixels
 MAX_PIXELS = 50_000_000  # to decode; more would take gigabytes
@@ -29,13 +29,14 @@ MAX_DIGITS = 200
 WORKING_SIDE = 800  # pixels; larger pictures are shrunk before they are looked at
 MIN_CONTRAST = 0.05  # of black to white; below that, what stands out is noise
 MIN_CONTRAST_IN_PHOTO = 0.2  # of the paper's brightness
-FAINT = 0.2  # of the ink's strength; fainter pixels don't belong to the strokes of a drawing
-FAINT_IN_PHOTO = 0.4  # the same, where shadows and grain are left
+FAINT = 0.2  # of the strongest ink; fainter pixels are not part of the strokes of a drawing
+FAINT_IN_PHOTO = 0.4  # the same in a photo, where shadows and grain remain
 LEAST_GRAIN = 0.004  # standard deviation of a photo's paper; a drawing's is 0
 EVEN = 0.05  # a border whose pixels differ by less than this is a drawing's, or a scan's
 THINNEST_STROKE = 0.08  # of the digit's longer side
-CORE_LEVELS = 0.35, 0.5, 0.65  # of a piece's strongest ink; digits that touch may part there
+PARTING_LEVELS = 0.35, 0.5, 0.65  # of a piece's strongest ink; digits that touch may part there
 WIDEST_STROKE = 0.3  # of the picture's longer side; what is wider and dark is a shadow
+TOUCHING = np.ones((3, 3))  # pixels that touch at a corner are connected, too
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Digit:
 class Reading:
     """What was found in a picture."""
 
-    # At least one, in the order in which they are written: lines from the top, each from the left.
+    # At least one, in reading order: lines from the top, each from the left.
     digits: tuple[Digit, ...]
-    size: tuple[int, int]  # width, height of the picture, upright, in pixels
+    size: tuple[int, int]  # width and height of the upright picture in pixels
 
 
 def read_digits(
@@ -65,8 +66,8 @@ def read_digits(
     """Find the digits in a picture and bring each to MNIST's form: light on black.
 
     Digits may be dark on light or light on dark, in colour, on paper with shadows, grain and
-    printed lines, in several lines. Marks that are much lower than they, a minus, a colon, a comma,
-    are left out; what is as high is taken for a digit.
+    printed lines, in several lines. Marks that are much lower than the digits (minus, colon, comma)
+    are left out; a mark that is as high is taken for a digit.
 
     Args:
         source: a path, or a file open in binary mode.
@@ -84,23 +85,22 @@ def read_digits(
     what = f"{subject} {name}"
     picture, size = _read_picture(source, what)
     ink, pieces, photo = _connect(without_lines(_ink(picture)), what)
-    places = _find_digits(ink, pieces, photo, single)
-    if places.max() > MAX_DIGITS:
-        raise UserError(f"{what} shows {places.max()} marks, expected at most {MAX_DIGITS} digits")
-    scale = np.array(size) / ink.shape[::-1]
+    labels = _label_digits(ink, pieces, photo, single)
+    if labels.max() > MAX_DIGITS:
+        raise UserError(f"{what} shows {labels.max()} marks, expected at most {MAX_DIGITS} digits")
+    scale = np.tile(np.array(size) / ink.shape[::-1], 2)
     digits = []
-    for i, (rows, columns) in enumerate(ndimage.find_objects(places), start=1):
-        place = places[rows, columns]
-        others_gone = np.where((place == 0) | (place == i), ink[rows, columns], 0)
-        strokes = _strokes(others_gone, place == i, photo)
-        start, stop = (columns.start, rows.start), (columns.stop, rows.stop)
-        box = np.rint(np.concatenate((start * scale, stop * scale))).astype(int)
+    for i, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        own = labels[rows, columns] == i
+        others_gone = np.where(own | (labels[rows, columns] == 0), ink[rows, columns], 0)
+        strokes = _strokes(others_gone, own, photo)
+        box = np.rint(scale * (columns.start, rows.start, columns.stop, rows.stop)).astype(int)
         digits.append(Digit(_centre(_fit(_thicken(strokes))), tuple(box.tolist())))
     return Reading(tuple(digits), size)
 
 
 def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.ndarray:
-    """The digit of a picture that is known to hold one, uint8 (28, 28), as `read_digits`."""
+    """The digit of a picture that is known to hold one, uint8 (28, 28); see `read_digits`."""
     return read_digits(source, name, single=True).digits[0].pixels
 
 
@@ -108,14 +108,13 @@ def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.nda
 
 
 def _read_picture(source: str | Path | BinaryIO, what: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture as it is seen, turned upright, laid on paper, at most WORKING_SIDE; its own size.
+    """The picture, upright, on paper, at most WORKING_SIDE a side, and its size before that.
 
-    The size, width and height, is the one before it was shrunk.
+    The size is that of the upright picture, width and height.
     """
     try:
         with warnings.catch_warnings():
-            # The size is looked at here, and a warning of Pillow's is one more line for the user.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of a large size, which is checked below
             image = Image.open(source, formats=FORMATS)
             size = image.size
             too_long = max(size) > MAX_SIDE
@@ -157,16 +156,15 @@ def _read_picture(source: str | Path | BinaryIO, what: str) -> tuple[np.ndarray,
 
 def _from_deep(image: Image.Image) -> np.ndarray:
     """The brightness in [0, 1] of a picture of 16 or 32 bits a pixel, float32 (H, W)."""
-    grey = np.array(image, dtype=np.float32)
+    grey = np.array(image, dtype=np.float32)  # changed in place: it may take 200 MB
     np.nan_to_num(grey, copy=False, posinf=0, neginf=0)
-    # Nothing says where white is: the least of the usual values that no pixel exceeds.
-    white = next((top for top in (1, 255, 4095, 65535) if grey.max() <= top), grey.max())
-    grey /= white
+    # Nothing says which value is white: the lowest of the usual ones that no pixel exceeds.
+    grey /= next((white for white in (1, 255, 4095, 65535) if grey.max() <= white), grey.max())
     return np.clip(grey, 0, 1, out=grey)
 
 
 def _laid_on_paper(picture: np.ndarray) -> np.ndarray:
-    """Put a transparent picture (H, W, 4) on white, or on black if it is light; others are kept."""
+    """Put a transparent picture (H, W, 4) on white, or on black if it is light."""
     if picture.shape[2] < 4:
         return picture
     colour, alpha = picture[..., :3], picture[..., 3:]
@@ -182,9 +180,8 @@ def _factor(size: tuple[int, ...], side: int) -> int:
 def _shrink(picture: np.ndarray, side: int) -> np.ndarray:
     """The picture (H, W, C) in means of blocks, so that its longer side is at most `side`."""
     factor = _factor(picture.shape[:2], side)
-    channels = np.moveaxis(picture.astype(np.float32), 2, 0)
-    small = [Image.fromarray(np.ascontiguousarray(c)).reduce(factor) for c in channels]
-    return np.dstack([np.asarray(channel) for channel in small])
+    channels = np.moveaxis(picture, 2, 0)
+    return np.dstack([np.asarray(Image.fromarray(c).reduce(factor)) for c in channels])
 
 
 # ------------------------------------------------------------------------ from paper to pure ink
@@ -232,42 +229,45 @@ def _uneven_paper(grey: np.ndarray) -> np.ndarray:
     closed = ndimage.gaussian_filter(ndimage.grey_closing(padded, size=(window, window)), 1.5)
     closed = Image.fromarray(closed[window:-window, window:-window])
     paper = np.asarray(closed.resize(grey.shape[::-1], Image.Resampling.BILINEAR))
-    return paper * np.median(grey / np.maximum(paper, 0.05))  # it took the grain's lightest spots
+    return paper * np.median(grey / np.maximum(paper, 0.05))  # closing took the lightest grain
 
 
 # ------------------------------------------------------------------------------------- the digit
 
 
 def _connect(ink: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray, bool]:
-    """The ink without grain, which connected piece each pixel is of (H, W), whether it's a photo.
+    """The ink without grain, its connected pieces as labels, and whether it is a photo's.
 
-    Pieces are counted from 1; 0 is paper.
+    Labels (H, W) say of which piece each pixel is, from 1 on; 0 is paper.
     """
-    noise = 1.4826 * float(np.median(np.abs(ink)))  # of bare paper, which is most of the picture
-    photo = noise > LEAST_GRAIN
+    photo = _grain(ink) > LEAST_GRAIN
     if photo:
         ink = ndimage.gaussian_filter(ink, max(ink.shape) / 400)
-        noise = 1.4826 * float(np.median(np.abs(ink)))
     strong = ink.max()
-    if strong < (max(MIN_CONTRAST_IN_PHOTO, 6 * noise) if photo else MIN_CONTRAST):
+    if strong < (max(MIN_CONTRAST_IN_PHOTO, 6 * _grain(ink)) if photo else MIN_CONTRAST):
         raise UserError(f"{what} is blank: expected digits, dark on light or the reverse")
     faint = (FAINT_IN_PHOTO if photo else FAINT) * strong
-    return ink, ndimage.label(ink > faint, structure=np.ones((3, 3)))[0], photo
+    return ink, ndimage.label(ink > faint, TOUCHING)[0], photo
 
 
-def _find_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool) -> np.ndarray:
-    """Which digit each pixel is of, (H, W): from 1 in the order in which they are written, 0 none.
+def _grain(ink: np.ndarray) -> float:
+    """The standard deviation of bare paper, which is most of the picture."""
+    return 1.4826 * float(np.median(np.abs(ink)))
+
+
+def _label_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool) -> np.ndarray:
+    """The digits as labels (H, W), numbered in reading order.
 
     Args:
-        pieces: (H, W), which connected piece each pixel is of.
+        pieces: the connected pieces as labels (H, W).
     """
     if not single:
         pieces = _separate(ink, pieces)
     numbers = np.arange(1, pieces.max() + 1)
     mass = ndimage.sum_labels(ink, pieces, numbers)
     strength = ndimage.mean(ink, pieces, numbers)
-    found = ndimage.find_objects(pieces)
-    boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in found])
+    slices = ndimage.find_objects(pieces)
+    boxes = np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices])
     large = np.maximum(*(boxes[:, 2:] - boxes[:, :2]).T) > max(ink.shape) / 20
     # In a photo, what reaches its edge is the table, a shadow or a finger.
     inner = (boxes[:, :2] > 0).all(axis=1) & (boxes[:, 2:] < ink.shape[::-1]).all(axis=1)
@@ -277,16 +277,16 @@ def _find_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool)
     if single:
         groups = [np.flatnonzero(_one_digit(boxes, mass, inner, main, photo))]
     else:
-        usable = np.flatnonzero(inner & ((strength > 0.7 * strength[main]) | (not photo)))
-        groups = [usable[group] for group in group_pieces(boxes[usable], mass[usable])]
-    digit = np.zeros(len(numbers) + 1, dtype=int)
+        strong = np.flatnonzero(inner & ((strength > 0.7 * strength[main]) | (not photo)))
+        groups = [strong[group] for group in group_pieces(boxes[strong], mass[strong])]
+    digit_of_piece = np.zeros(len(numbers) + 1, dtype=int)
     for i, group in enumerate(groups, start=1):
-        digit[numbers[group]] = i
-    return digit[pieces]
+        digit_of_piece[numbers[group]] = i
+    return digit_of_piece[pieces]
 
 
 def _separate(ink: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """Part wide pieces that fainter ink alone holds together, such as the digits of small print."""
+    """Divide wide pieces that only faint ink holds together, such as the digits of small print."""
     pieces, count = pieces.copy(), pieces.max()
     found = ndimage.find_objects(pieces)
     tallest = max(rows.stop - rows.start for rows, _ in found)
@@ -296,25 +296,23 @@ def _separate(ink: np.ndarray, pieces: np.ndarray) -> np.ndarray:
             continue
         piece = pieces[rows, columns]
         own = np.where(piece == i, ink[rows, columns], 0)
-        cores = max((_cores(own, level) for level in CORE_LEVELS), key=np.max)
-        extra = cores.max() - 1
+        parts = max((_high_parts(own, level) for level in PARTING_LEVELS), key=np.max)
+        extra = parts.max() - 1
         if extra > 0:
-            _, nearest = ndimage.distance_transform_edt(cores == 0, return_indices=True)
+            _, nearest = ndimage.distance_transform_edt(parts == 0, return_indices=True)
             numbers = np.array([0, i, *range(count + 1, count + extra + 1)])
-            piece[piece == i] = numbers[cores[tuple(nearest)]][piece == i]
+            piece[piece == i] = numbers[parts[tuple(nearest)]][piece == i]
             count += extra
     return pieces
 
 
-def _cores(ink: np.ndarray, level: float) -> np.ndarray:
-    """The parts of a piece that are strong and lie side by side, each almost as high, (H, W)."""
-    parts, _ = ndimage.label(ink > level * ink.max(), structure=np.ones((3, 3)))
+def _high_parts(ink: np.ndarray, level: float) -> np.ndarray:
+    """The strong parts of a piece that lie side by side, each almost as high, as labels (H, W)."""
+    parts, _ = ndimage.label(ink > level * ink.max(), TOUCHING)
     found = ndimage.find_objects(parts)
-    high = [rows.stop - rows.start >= 0.6 * len(ink) for rows, _ in found]
-    widths = sum(
-        columns.stop - columns.start for (_, columns), ok in zip(found, high, strict=True) if ok
-    )
-    if widths > 1.15 * ink.shape[1]:  # one over the other: the halves of a 0 that lies
+    high = np.array([rows.stop - rows.start >= 0.6 * len(ink) for rows, _ in found])
+    widths = np.array([columns.stop - columns.start for _, columns in found])
+    if widths[high].sum() > 1.15 * ink.shape[1]:  # one above the other: the halves of a lying 0
         return np.zeros_like(parts)
     return np.concatenate(([0], np.cumsum(high) * high))[parts]
 
@@ -322,7 +320,10 @@ def _cores(ink: np.ndarray, level: float) -> np.ndarray:
 def _one_digit(
     boxes: np.ndarray, mass: np.ndarray, inner: np.ndarray, main: int, photo: bool
 ) -> np.ndarray:
-    """Which pieces make up the only digit, bool (n,): the largest, what is near or, drawn, long."""
+    """Which pieces make up the only digit, bool (n,): the main one, and what is near or long.
+
+    In a photo a long piece that is not near may be a shadow.
+    """
     parts = np.arange(len(boxes)) == main
     start, stop = boxes[:, :2], boxes[:, 2:]
     length = (stop - start).max(axis=1)
@@ -339,7 +340,12 @@ def _one_digit(
 
 
 def _strokes(ink: np.ndarray, kept: np.ndarray, photo: bool) -> np.ndarray:
-    """The ink of a digit alone, the strongest 1, from the box that it lies in."""
+    """The ink of a digit alone, the strongest 1.
+
+    Args:
+        ink: (h, w), of the box that the digit lies in.
+        kept: bool (h, w), the digit's pixels.
+    """
     strong = np.percentile(ink[kept], 75) if photo else ink[kept].max()
     edge = max(1, round(max(ink.shape) / 20))  # a pixel of the result
     ink = np.where(ndimage.binary_dilation(kept, iterations=edge), ink, 0)
@@ -349,7 +355,7 @@ def _strokes(ink: np.ndarray, kept: np.ndarray, photo: bool) -> np.ndarray:
 def _thicken(ink: np.ndarray) -> np.ndarray:
     """Widen the strokes of a fine pen to what is narrow in MNIST, 1.6 pixels of 20."""
     pen = ink > 0.5
-    # In a bar the mean distance to its edge is a quarter of the width, and half a pixel more.
+    # Of a bar's pixels the mean distance to its edge is a quarter of its width and half a pixel.
     width = 4 * ndimage.distance_transform_edt(np.pad(pen, 1))[1:-1, 1:-1][pen].mean() - 2
     missing = round((THINNEST_STROKE * max(ink.shape) - width) / 2)
     if missing < 1:
@@ -372,12 +378,9 @@ def _fit(ink: np.ndarray) -> np.ndarray:
 def _centre(digit: np.ndarray) -> np.ndarray:
     """Place in 28x28 with the centre of mass on pixel (14, 14), or as near as the digit fits."""
     canvas = np.zeros((28, 28), dtype=np.uint8)
-    corner = []
-    for axis, length in enumerate(digit.shape):
-        mass = digit.sum(axis=1 - axis)
-        centre = (mass * np.arange(length)).sum() / mass.sum()
-        corner.append(int(np.clip(round(14 - centre), 0, 28 - length)))
-    top, left = corner
     height, width = digit.shape
-    canvas[top : top + height, left : left + width] = np.round(digit * 255).astype(np.uint8)
+    masses = digit.sum(axis=1), digit.sum(axis=0)
+    centre = np.array([(mass * np.arange(len(mass))).sum() / mass.sum() for mass in masses])
+    top, left = np.clip(np.rint(14 - centre).astype(int), 0, (28 - height, 28 - width))
+    canvas[top : top + height, left : left + width] = np.round(digit * 255)
     return canvas

@@ -1,25 +1,25 @@
 """Sorts pieces of ink, connected strokes, into digits: which belong together, in which order.
 
-Boxes (n, 4) are in pixels: left, top, right, bottom, the last two beyond the ink. Lengths are told
-in a digit's height, which is taken to be the median of the pieces' longer sides, weighted by ink.
+Boxes (n, 4) are in pixels: left, top, right, bottom, the last two beyond the ink. Limits are shares
+of a digit's height, for which the median of the pieces' longer sides, weighted by ink, is taken.
 """
 
 import numpy as np
 
-MOST_PIECES = 400  # that are looked at, the heaviest first; a page of digits has fewer
-SPECK = 0.3  # of a digit's height: what is smaller joins a digit or is left out
-LEAST_HEIGHT, LEAST_SIDE = 0.4, 0.5  # of a digit's height; less are marks: a minus, a comma
-TALL = 0.8  # of the height of two pieces side by side: if both are, they are two digits
-DOT = 0.45  # of a digit's height: pieces no longer than this are not joined to each other
-NEAR = 0.04  # of a digit's height: so far apart are the ends of a broken stroke
-STACK_GAP = 0.2  # of a digit's height, between a piece and one above it; lines lie further apart
-BAR, BAR_GAP = 0.3, 0.2  # of a digit's height: a 5's bar is so wide, so far from the rest at most
-OPEN_GAP = 0.27  # of a 4's height, between its two strokes
-OPEN_STEM = 0.45  # of a 4's height: the width of its upright stroke, which may slant
+MAX_PIECES = 400  # to group, the heaviest first; a page of digits has fewer
+SPECK = 0.3  # a piece that is smaller joins a digit or is left out
+MIN_HEIGHT, MIN_SIDE = 0.4, 0.5  # of a digit; what is smaller is a mark: a minus, a comma
+TALL = 0.8  # of two pieces' joint height: if both are as high as this, they are two digits
+DOT = 0.45  # pieces no longer than this, a colon's, are not joined to each other
+NEAR = 0.04  # the largest gap in a broken stroke
+STACK_GAP = 0.2  # the largest gap between a piece and the one above it; lines lie further apart
+BAR, BAR_GAP = 0.3, 0.2  # the least width of a 5's bar, and its largest gap from the rest
+OPEN_GAP = 0.27  # of a 4's own height: the largest gap between its two strokes
+OPEN_STEM = 0.45  # of a 4's own height: the largest width of its upright stroke, which may slant
 
 
 def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
-    """The pieces of each digit, as indices, in the order in which digits are written.
+    """The pieces of each digit, as indices, the digits in reading order.
 
     Args:
         boxes: (n, 4), n at least 1.
@@ -28,16 +28,16 @@ def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
     height = _typical_height(boxes, mass)
     size = np.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
     order = np.argsort(-mass, kind="stable")
-    strokes = order[size[order] >= SPECK * height][:MOST_PIECES]
+    strokes = order[size[order] >= SPECK * height][:MAX_PIECES]
     groups = _join([[i] for i in strokes], boxes[strokes].astype(float), height)
     found = np.array([_hull(boxes[group]) for group in groups])
     sides = found[:, 2:] - found[:, :2]
-    is_digit = (sides[:, 1] >= LEAST_HEIGHT * height) & (sides.max(axis=1) >= LEAST_SIDE * height)
-    if not is_digit.any():  # a stroke that lies, with nothing to compare it with, or only marks
-        is_digit = sides.max(axis=1) >= min(LEAST_SIDE * height, sides.max())
+    is_digit = (sides[:, 1] >= MIN_HEIGHT * height) & (sides.max(axis=1) >= MIN_SIDE * height)
+    if not is_digit.any():  # a lying stroke with nothing to compare it with, or marks alone
+        is_digit = sides.max(axis=1) >= min(MIN_SIDE * height, sides.max())
     groups = [group for group, digit in zip(groups, is_digit, strict=True) if digit]
     found = found[is_digit]
-    for speck in order[size[order] < SPECK * height][: 10 * MOST_PIECES]:
+    for speck in order[size[order] < SPECK * height][: 10 * MAX_PIECES]:
         gap = _gaps(found, boxes[speck]).max(axis=1)
         if gap.min() <= NEAR * height:
             groups[gap.argmin()].append(speck)
@@ -57,35 +57,32 @@ def _hull(boxes: np.ndarray) -> np.ndarray:
 
 
 def _gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The blank between boxes (..., 4) along x and y, (..., 2); negative where they overlap."""
+    """The gaps between boxes (..., 4) along x and y, (..., 2); negative where they overlap."""
     return np.maximum(a[..., :2], b[..., :2]) - np.minimum(a[..., 2:], b[..., 2:])
 
 
 def _join(groups: list[list[int]], boxes: np.ndarray, height: float) -> list[list[int]]:
-    """Join groups, the nearest first, until all that are left are digits and marks of their own."""
+    """Join groups, the nearest first, until no two are parts of one digit."""
     distance = _distance(boxes[:, None], boxes[None], height)
     np.fill_diagonal(distance, np.inf)
     while distance.min() < np.inf:
         i, j = np.unravel_index(distance.argmin(), distance.shape)
         groups[i], groups[j] = groups[i] + groups[j], []
-        boxes[i], boxes[j] = _hull(boxes[[i, j]]), np.nan  # which is far from all
-        distance[j] = distance[:, j] = np.inf
-        distance[i], distance[:, i] = (
-            _distance(boxes[i], boxes, height),
-            _distance(boxes, boxes[i], height),
-        )
-        distance[i, i] = np.inf
+        boxes[i], boxes[j] = _hull(boxes[[i, j]]), np.nan  # and so at no distance from any
+        distance[i] = _distance(boxes[i], boxes, height)
+        distance[:, i] = _distance(boxes, boxes[i], height)
+        distance[j] = distance[:, j] = distance[i, i] = np.inf
     return [group for group in groups if group]
 
 
 def _distance(a: np.ndarray, b: np.ndarray, height: float) -> np.ndarray:
-    """The blank between pieces if they are one digit's and `a` is further left, else infinity."""
+    """The gap between two pieces of one digit of which `a` begins further left, else infinity."""
     gap = np.maximum(_gaps(a, b), 0).max(axis=-1)
     return np.where(_are_one(a, b, height), gap, np.inf)
 
 
 def _are_one(a: np.ndarray, b: np.ndarray, height: float) -> np.ndarray:
-    """Whether two pieces, of which `a` is the one further left, are one digit's, (...)."""
+    """Whether two pieces are of one digit and `a` begins no further right than `b`, bool (...)."""
     size_a, size_b = a[..., 2:] - a[..., :2], b[..., 2:] - b[..., :2]
     gap = _gaps(a, b)
     union = np.maximum(a[..., 2:], b[..., 2:]) - np.minimum(a[..., :2], b[..., :2])
@@ -130,6 +127,6 @@ def _reading_order(boxes: np.ndarray) -> list[int]:
         else:
             lines.append([int(i)])
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2
-    runs = np.array([middle[line[-1]] - middle[line[0]] for line in lines]).sum(axis=0)
-    level = middle[:, 1] - middle[:, 0] * (runs[1] / runs[0] if runs[0] else 0)
+    width, rise = np.array([middle[line[-1]] - middle[line[0]] for line in lines]).sum(axis=0)
+    level = middle[:, 1] - middle[:, 0] * (rise / width if width else 0)
     return [i for line in sorted(lines, key=lambda line: level[line].mean()) for i in line]

@@ -1,17 +1,21 @@
 """A trained model as a file that runs without this project: ONNX, or a program of torch.export."""
 
-import argparse
 import io
 import json
 import statistics
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx
+import onnxruntime
 import torch
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -19,51 +23,25 @@ from common.errors import UserError
 from data.dataset import Split
 from vit_model import ViT
 
-if TYPE_CHECKING:
-    import onnx
-
-MODES = ("onnx", "torch_export")
-# Largest difference of an output from PyTorch's. int8's is no measure: it goes by the classes.
+# Largest difference of an output from PyTorch's. int8 has no such limit: its classes are compared.
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05}
 MAX_LOSS = 1.0  # percentage points of validation accuracy, beyond what chance explains
-CALIBRATION_IMAGES = 1000
+INT8_IMAGES = 1000  # training images that set the ranges of int8's activations
 LATENCY_CALLS = 300
 
-Run = Callable[[Tensor], Tensor]  # a network, in whatever runtime
-
-
-# ---------------------------------------------------------------------------------- command line
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of an export."""
-    group = parser.add_argument_group("for onnx; --raw_input for torch_export, too")
-    group.add_argument(
-        "--quantize",
-        default="none",
-        choices=["none", "int8"],
-        help="int8: weights and the activations before them in 8 bits, ranges from training images",
-    )
-    group.add_argument("--half", action="store_true", help="weights and activations in fp16")
-    group.add_argument(
-        "--raw_input",
-        action="store_true",
-        help="uint8 pixels in, probabilities out: normalisation and softmax are in the file",
-    )
+Network = Callable[[Tensor], Tensor]  # in whatever runtime
 
 
 # -------------------------------------------------------------------------------------- the files
 
 
 class RawInput(nn.Module):
-    """A network with what stands before and after it: pixels in, class probabilities out.
+    """A network with the steps before and after it: pixels in, class probabilities out.
 
     Shape: uint8 (B, C, S, S) -> (B, num_classes).
     """
 
-    def __init__(
-        self, network: nn.Module, mean: float, std: float, temperature: float = 1.0
-    ) -> None:
+    def __init__(self, network: nn.Module, mean: float, std: float, temperature: float) -> None:
         super().__init__()
         self.network = network
         self.mean, self.std, self.temperature = mean, std, temperature
@@ -76,7 +54,7 @@ class RawInput(nn.Module):
 
 
 def describe(checkpoint: dict[str, Any], precision: str, raw_input: bool) -> dict[str, str]:
-    """What a user of the file has to know, and can read from it."""
+    """What a user of the file has to know, written into it."""
     config = checkpoint["model_config"]
     shape = f"(batch, {config['in_chans']}, {config['img_size']}, {config['img_size']})"
     classes = f"float32 (batch, {config['num_classes']}), one for each of class_names"
@@ -98,7 +76,7 @@ def describe(checkpoint: dict[str, Any], precision: str, raw_input: bool) -> dic
 
 
 @torch.no_grad()
-def to_onnx(network: nn.Module, sample: Tensor) -> "onnx.ModelProto":
+def to_onnx(network: nn.Module, sample: Tensor) -> onnx.ModelProto:
     """The network, on the CPU, as an ONNX model: `input` to `output`, with a free batch axis.
 
     Args:
@@ -115,38 +93,32 @@ def to_onnx(network: nn.Module, sample: Tensor) -> "onnx.ModelProto":
         verbose=False,
     ).model_proto
     for part in (model.graph, *model.graph.node):
-        del part.metadata_props[:]  # lines of source code, with the folder that they lie in
+        del part.metadata_props[:]  # lines of source code, and the path of their file
     return model
 
 
-def to_half(model: "onnx.ModelProto") -> "onnx.ModelProto":
+def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in fp16, by ONNX Runtime's converter; input and output keep their types."""
-    from onnxruntime.transformers.onnx_model import OnnxModel
-
     half = OnnxModel(model)
     half.convert_float_to_float16(use_symbolic_shape_infer=False, keep_io_types=True)
     half.topological_sort()
     return half.model
 
 
-def to_int8(model: "onnx.ModelProto", images: Tensor) -> "onnx.ModelProto":
+def to_int8(model: onnx.ModelProto, images: Tensor) -> onnx.ModelProto:
     """The model with 8-bit products of activations and weights, by ONNX Runtime's static quantizer.
 
     Each column of a weight has a scale of its own; the two products within attention stay in fp32.
 
     Args:
-        images: (n, C, S, S), as the network takes them; they tell the activations' ranges.
+        images: (n, C, S, S), as the network takes them; they set the activations' ranges.
     """
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Batches(CalibrationDataReader):
-        batches = iter(images.split(100))
+        batches = iter([{"input": batch.numpy()} for batch in images.split(100)])
 
         def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"input": batch.numpy()}
+            return next(self.batches, None)
 
     weights = {tensor.name for tensor in model.graph.initializer}
     attention = [
@@ -165,24 +137,20 @@ def to_int8(model: "onnx.ModelProto", images: Tensor) -> "onnx.ModelProto":
             op_types_to_quantize=["Conv", "Gemm", "MatMul"],
             nodes_to_exclude=attention,
             per_channel=True,
-            reduce_range=True,  # 7 bits: x86 CPUs without VNNI add up pairs of products in 16
+            reduce_range=True,  # 7 bits: x86 CPUs without VNNI add two products in 16 bits
         )
         return onnx.load(quantized)
 
 
-def to_bytes(model: "onnx.ModelProto", metadata: dict[str, str] | None = None) -> bytes:
-    """The content of a checked `.onnx` file that says `metadata` of itself."""
-    import onnx
-
+def to_bytes(model: onnx.ModelProto, metadata: dict[str, str] | None = None) -> bytes:
+    """The content of a checked `.onnx` file with this `metadata`."""
     onnx.helper.set_model_props(model, metadata or {})
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 
 
-def onnx_session(content: bytes) -> Run:
+def onnx_session(content: bytes) -> Network:
     """An ONNX model in ONNX Runtime, on the CPU, with as many threads as PyTorch has."""
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -201,17 +169,17 @@ def to_program(network: nn.Module, sample: Tensor, metadata: dict[str, str]) -> 
     return content.getvalue()
 
 
-# ------------------------------------------------------------------------- what a file is worth
+# ------------------------------------------------------------------------ compared with PyTorch
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What a file will hold, beside the network that it was made from."""
+    """What a file will hold, and the network that it was made from."""
 
     content: bytes
-    run: Run  # the file, in the runtime that it is for
-    network: nn.Module  # PyTorch's
-    prepare: Callable[[Tensor], Tensor]  # uint8 pixels to what both take
+    file: Network  # in the runtime that it is for
+    network: nn.Module  # in PyTorch
+    prepare: Callable[[Tensor], Tensor]  # from uint8 pixels to what both take
     image_shape: tuple[int, int, int]
 
     def random_images(self, batch: int) -> Tensor:
@@ -219,16 +187,16 @@ class Exported:
 
     @torch.inference_mode()
     def largest_difference(self) -> float:
-        """Of an output, over batches of 1, 7 and 128 random images."""
+        """Of an output from PyTorch's, over batches of 1, 7 and 128 random images."""
         batches = [self.random_images(batch) for batch in (1, 7, 128)]
-        differences = [(self.run(x) - self.network(x)).abs().max() for x in batches]
-        return float(torch.stack(differences).max())  # NaN, if there is one
+        differences = [(self.file(x) - self.network(x)).abs().max() for x in batches]
+        return float(torch.stack(differences).max())  # NaN if there is one
 
     @torch.inference_mode()
     def classes(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """PyTorch's and the file's class (n,) of each image, uint8 (n, C, S, S)."""
         batches = tqdm(images.split(500), "validating", disable=None, leave=False)
-        pairs = [(self.network(x), self.run(x)) for x in map(self.prepare, batches)]
+        pairs = [(self.network(x), self.file(x)) for x in map(self.prepare, batches)]
         expected, found = (torch.cat(outputs).argmax(1) for outputs in zip(*pairs, strict=True))
         return expected, found
 
@@ -237,15 +205,12 @@ class Exported:
         """PyTorch's and the file's seconds for one image, each the median of `LATENCY_CALLS`."""
         image = self.random_images(1)
 
-        def seconds(call: Run) -> float:
-            start = time.perf_counter()
-            call(image)
-            return time.perf_counter() - start
+        def median(call: Network) -> float:
+            return statistics.median(
+                timeit.repeat(lambda: call(image), number=1, repeat=20 + LATENCY_CALLS)[20:]
+            )
 
-        def median(call: Run) -> float:
-            return statistics.median([seconds(call) for _ in range(20 + LATENCY_CALLS)][20:])
-
-        return median(self.network), median(self.run)
+        return median(self.network), median(self.file)
 
 
 def export(
@@ -255,17 +220,17 @@ def export(
     mode: str = "onnx",
     precision: str = "fp32",
     raw_input: bool = False,
-    calibration: Tensor | None = None,
+    int8_images: Tensor | None = None,
 ) -> Exported:
     """Export a model.
 
     Args:
         model: on the CPU, in evaluation mode.
         checkpoint: what `load_checkpoint` gave with the model.
-        mode: one of `MODES`.
+        mode: "onnx" or "torch_export".
         precision: "fp32", or of ONNX "fp16" and "int8".
         raw_input: put normalisation, temperature and softmax into the file.
-        calibration: for int8, training images without augmentation, uint8 (n, C, S, S).
+        int8_images: for int8, training images without augmentation, uint8 (n, C, S, S).
     """
     config = checkpoint["model_config"]
     temperature = checkpoint["calibration"]["temperature"]
@@ -276,20 +241,23 @@ def export(
     metadata = describe(checkpoint, precision, raw_input)
     if mode == "torch_export":
         content = to_program(network, sample, metadata)
-        run = torch.export.load(io.BytesIO(content)).module()
+        file = torch.export.load(io.BytesIO(content)).module()
     else:
         exported = to_onnx(network, sample)
         if precision == "fp16":
             exported = to_half(exported)
         if precision == "int8":
-            exported = to_int8(exported, prepare(calibration))
+            exported = to_int8(exported, prepare(int8_images))
         content = to_bytes(exported, metadata)
-        run = onnx_session(content)
-    return Exported(content, run, network, prepare, image_shape)
+        file = onnx_session(content)
+    return Exported(content, file, network, prepare, image_shape)
 
 
 def compare(exported: Exported, precision: str, name: str, val: Split | None) -> str:
-    """Hold the file `name` against PyTorch: size, accuracy if there are validation images, latency.
+    """Compare the file `name` with PyTorch: size, latency, and accuracy on validation images.
+
+    Args:
+        val: not the test images, since they decide whether the file is written.
 
     Returns:
         A table for people.
@@ -298,9 +266,11 @@ def compare(exported: Exported, precision: str, name: str, val: Split | None) ->
         UserError: an output differs from PyTorch's by more than `TOLERANCE`, or the validation
             accuracy is lower by more than `MAX_LOSS`.
     """
-    advice = "not written"
-    if precision != "fp32":
-        advice += "; export it without --half and --quantize"
+    without = "" if precision == "fp32" else "; export it without --half and --quantize"
+    advice = f"not written{without}"
+    weights = exported.network.state_dict().values()
+    sizes = sum(tensor.numel() * tensor.element_size() for tensor in weights), len(exported.content)
+    rows = [["", "PyTorch", name], ["size", *(f"{size / 1e6:.2f} MB" for size in sizes)]]
     notes = []
     if precision in TOLERANCE:
         difference = exported.largest_difference()
@@ -310,17 +280,14 @@ def compare(exported: Exported, precision: str, name: str, val: Split | None) ->
                 f"{name} in {precision} differs from PyTorch by {difference:.1e}, expected at most "
                 f"{TOLERANCE[precision]:.0e}: {advice}"
             )
-    weights = exported.network.state_dict().values()
-    sizes = sum(tensor.numel() * tensor.element_size() for tensor in weights), len(exported.content)
-    rows = [["", "PyTorch", name], ["size", *(f"{size / 1e6:.2f} MB" for size in sizes)]]
-    if val is not None:  # not the test set: this decides something
-        expected, found = exported.classes(val.images)
-        before, after = (100 * float((c == val.labels).double().mean()) for c in (expected, found))
-        different = int((expected != found).sum())
+    if val is not None:
+        classes = exported.classes(val.images)
+        before, after = (100 * float((c == val.labels).double().mean()) for c in classes)
+        different = int((classes[0] != classes[1]).sum())
         same = f"{len(val) - different:,} of {len(val):,} validation images"
         notes += [f"same class as PyTorch: {same}"]
         rows += [["validation accuracy", f"{before:.2f} %", f"{after:.2f} %"]]
-        # Of few images chance alone may take more (McNemar, 1947): two standard deviations.
+        # With few images the loss may be chance (McNemar, 1947): two standard deviations more.
         chance = 100 * 2 * different**0.5 / len(val)
         if before - after > MAX_LOSS + chance:
             raise UserError(

@@ -1,9 +1,6 @@
-"""Reads one's own digits: pictures in, class probabilities out, as text, JSON or CSV."""
+"""Reads your own digits: pictures in, for each of their digits the class probabilities out."""
 
-import csv
 import io
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +12,12 @@ from tqdm import tqdm
 
 from analysis import confidence
 from common.errors import UserError
-from deploy.digit_image import FORMATS as PICTURES
-from deploy.digit_image import Reading, read_digits
+from deploy.digit_image import FORMATS, Digit, Reading, read_digits
 from vit_model import ViT
 
 BATCH_SIZE = 256
 STDIN = "-"
-MAX_STDIN = 2**28  # bytes; a picture of a size that is read takes less
+MAX_STDIN = 2**28  # bytes; no picture that is small enough to be read takes more
 
 
 class Predictions(NamedTuple):
@@ -51,8 +47,17 @@ def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predi
     return Predictions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 
+def check_image_shape(checkpoint: dict[str, Any], path: str | Path, advice: str = "") -> None:
+    """Raise UserError unless the model, which is from `path`, takes images of 1x28x28."""
+    config = checkpoint["model_config"]
+    channels, side = config["in_chans"], config["img_size"]
+    if (channels, side) != (1, 28):
+        shape = f"{channels}x{side}x{side}"
+        raise UserError(f"{path} takes images of {shape}, expected 1x28x28{advice}")
+
+
 def list_images(names: list[str]) -> list[str]:
-    """The names with each folder replaced by the pictures right in it, sorted by name.
+    """The names, with each folder replaced by the pictures directly in it, sorted by name.
 
     Raises:
         UserError: a folder can't be read or holds no picture, or "-" is named twice.
@@ -65,7 +70,7 @@ def list_images(names: list[str]) -> list[str]:
             images.append(name)
             continue
         try:
-            inside = [path for path in sorted(Path(name).iterdir()) if _looks_like_image(path)]
+            inside = [str(path) for path in sorted(Path(name).iterdir()) if _is_image(path)]
         except OSError as error:
             raise UserError(f"folder {name} cannot be read: {error.strerror}") from None
         if not inside:
@@ -73,14 +78,14 @@ def list_images(names: list[str]) -> list[str]:
                 f"folder {name} has no images in it (folders in it are not searched): "
                 "name one that has, or the files"
             )
-        images += map(str, inside)
+        images += inside
     return images
 
 
-def _looks_like_image(path: Path) -> bool:
-    """Whether it is no hidden file, and named as those that are read."""
+def _is_image(path: Path) -> bool:
+    """Whether the name is that of a picture in a format that is read, and the file not hidden."""
     form = Image.registered_extensions().get(path.suffix.lower())
-    return form in PICTURES and not path.name.startswith(".") and path.is_file()
+    return form in FORMATS and not path.name.startswith(".") and path.is_file()
 
 
 def read_images(names: list[str], single: bool = False) -> list[Reading | UserError]:
@@ -106,6 +111,24 @@ def _read_stdin() -> io.BytesIO:
     return io.BytesIO(content)
 
 
+def describe_digit(
+    digit: Digit, probabilities: np.ndarray, strange: bool, class_names: list[str]
+) -> dict[str, Any]:
+    """A digit of a picture and one row of `Predictions`, as they are answered.
+
+    Returns:
+        `prediction`, `confidence`, `box` (left, top, right, bottom), `may_be_no_digit` and
+        `probabilities` by class name.
+    """
+    return {
+        "prediction": class_names[int(probabilities.argmax())],
+        "confidence": float(probabilities.max()),
+        "box": list(digit.box),
+        "may_be_no_digit": bool(strange),
+        "probabilities": dict(zip(class_names, probabilities.tolist(), strict=True)),
+    }
+
+
 def answer(
     model: ViT, checkpoint: dict[str, Any], names: list[str], readings: list[Reading | UserError]
 ) -> list[dict[str, Any]]:
@@ -113,84 +136,21 @@ def answer(
 
     Returns:
         For each picture `image`, its name, with `error`, or with `prediction`, its digits as they
-        are written, `size`, its width and height in pixels, and `digits`: of each `prediction`,
-        `confidence`, `box` (left, top, right, bottom), `may_be_no_digit`, `probabilities`.
+        are written, `size`, its width and height in pixels, and `digits`, as `describe_digit`
+        gives them.
     """
-    read = [reading for reading in readings if not isinstance(reading, UserError)]
-    pixels = [digit.pixels for reading in read for digit in reading.digits]
-    stacked = np.stack(pixels) if pixels else np.empty((0, 28, 28), dtype=np.uint8)
-    rows = zip(*predict(model, stacked, checkpoint), strict=True)
+    found = [digit for r in readings if isinstance(r, Reading) for digit in r.digits]
+    pixels = np.array([digit.pixels for digit in found], dtype=np.uint8).reshape(-1, 28, 28)
+    predicted = zip(*predict(model, pixels, checkpoint), strict=True)
     class_names, answers = checkpoint["class_names"], []
     for name, reading in zip(names, readings, strict=True):
         if isinstance(reading, UserError):
             answers.append({"image": name, "error": " ".join(str(reading).split())})
             continue
-        digits = []
-        for digit, (probabilities, strange) in zip(reading.digits, rows, strict=False):
-            digits.append(
-                {
-                    "prediction": class_names[int(probabilities.argmax())],
-                    "confidence": float(probabilities.max()),
-                    "box": list(digit.box),
-                    "may_be_no_digit": bool(strange),
-                    "probabilities": dict(zip(class_names, probabilities.tolist(), strict=True)),
-                }
-            )
+        digits = [  # each takes the next row
+            describe_digit(digit, *next(predicted), class_names) for digit in reading.digits
+        ]
         prediction = "".join(digit["prediction"] for digit in digits)
         about = {"image": name, "prediction": prediction, "size": list(reading.size)}
         answers.append({**about, "digits": digits})
     return answers
-
-
-# ---------------------------------------------------------------------------------- the formats
-
-
-def as_text(result: dict[str, Any]) -> str:
-    """A line for each picture that was read: `42.jpg: 42: 4 (99.1 %) 2 (98.0 %)`."""
-    lines = []
-    for row in result["images"]:
-        if "error" not in row:
-            shown = []
-            for digit in row["digits"]:
-                note = " (may be no digit)" if digit["may_be_no_digit"] else ""
-                shown.append(f"{digit['prediction']} ({100 * digit['confidence']:.1f} %){note}")
-            lines.append(f"{row['image']}: {row['prediction']}: {' '.join(shown)}\n")
-    return "".join(lines)
-
-
-def as_json(result: dict[str, Any]) -> str:
-    return json.dumps(result, indent=2, allow_nan=False) + "\n"
-
-
-def as_csv(result: dict[str, Any]) -> str:
-    """A header, then a row for each digit, counted from 1, or for a picture with an error."""
-    text = io.StringIO()
-    class_names = result["class_names"]
-    place = ["left", "top", "right", "bottom"]
-    columns = ["image", "digit", "prediction", *place, "may_be_no_digit", *class_names, "error"]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in result["images"]:
-        if "error" in row:
-            writer.writerow([row["image"], *[""] * (len(columns) - 2), row["error"]])
-        for i, digit in enumerate(row.get("digits", ()), start=1):
-            strange = str(digit["may_be_no_digit"]).lower()
-            cells = [f"{probability:.6f}" for probability in digit["probabilities"].values()]
-            known = [i, digit["prediction"], *digit["box"], strange, *cells]
-            writer.writerow([row["image"], *known, ""])
-    return text.getvalue()
-
-
-FORMATS = {"text": as_text, "json": as_json, "csv": as_csv}
-
-
-def show(result: dict[str, Any], form: str) -> bool:
-    """Print the answers to stdout and the errors to stderr. Returns whether all were read."""
-    text = FORMATS[form](result)
-    # A file's name may have bytes that are no text.
-    sys.stdout.write(os.fsencode(text).decode(errors="replace"))
-    sys.stdout.flush()
-    errors = [row["error"] for row in result["images"] if "error" in row]
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    return not errors

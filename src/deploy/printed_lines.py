@@ -1,8 +1,8 @@
-"""Takes the printed lines of ruled and squared paper out of a picture, and leaves the ink.
+"""Removes the printed lines of ruled and squared paper from a picture, and leaves the ink.
 
 A printed line is straight and runs from one edge of the picture to another, as no stroke of a digit
-does. Means along all straight lines, a Radon transform, find it; by how much its median pixel is
-darker than what is beside it is taken away all along, except where a pen has crossed it.
+does. It is found by the mean ink along every straight line, a Radon transform. What its median
+pixel is darker than the paper beside it is subtracted all along, except where a pen has crossed it.
 """
 
 import numpy as np
@@ -11,19 +11,19 @@ from scipy import ndimage
 
 SEARCH_SIDE = 200  # pixels of the longer side of the picture in which lines are looked for
 SLOPES = np.linspace(-0.36, 0.36, 91)  # rows per column: a sheet turned by up to 20 degrees
-PARTS = 10  # of a line; in most of them and at both ends it has to show
-LEAST_STRENGTH = 0.03  # of the paper's brightness
-APART = 5  # rows of the picture in which lines are looked for
+PARTS = 10  # of a line, which has to show in most of them and at both ends
+MIN_STRENGTH = 0.03  # of the paper's brightness
+APART = 5  # rows between two lines, in the picture in which they are looked for
 
 
 def without_lines(ink: np.ndarray) -> np.ndarray:
-    """Take away the lines along rows and columns.
+    """Remove the lines along rows and columns.
 
     Args:
         ink: float32 (H, W), the share of the paper's brightness that is missing.
     """
     edges = ink[[0, -1]].max(), ink[:, [0, -1]].max()
-    if max(edges) < LEAST_STRENGTH:  # a drawing: most of the time would go into a vain search
+    if max(edges) < MIN_STRENGTH:  # a drawing, in which a search would take time in vain
         return ink
     return _without_rows(_without_rows(ink).T).T
 
@@ -50,7 +50,7 @@ def _pixels(shape, middles, slope) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The pixels of n parallel lines: rows (n, W), columns (n, W), and whether they are inside.
 
     Args:
-        middles: the row (n,) where each line crosses the middle column; it may be outside.
+        middles: (n,), the row where each line crosses the middle column; it may be outside.
     """
     height, width = shape
     x = np.arange(width)
@@ -66,7 +66,7 @@ def _find_lines(ink: np.ndarray) -> list[tuple[float, float]]:
     middles = np.arange(-beyond, height + beyond)
     strength = np.stack([_strength(ink, middles, slope) for slope in SLOPES])
     strength -= ndimage.median_filter(strength, size=(1, 4 * APART + 1))  # shadows are wider
-    least = max(LEAST_STRENGTH, 5 * 1.4826 * float(np.median(np.abs(strength))))
+    least = max(MIN_STRENGTH, 5 * 1.4826 * float(np.median(np.abs(strength))))
     lines = []
     while strength.max() > least:
         i, j = np.unravel_index(strength.argmax(), strength.shape)
@@ -76,12 +76,12 @@ def _find_lines(ink: np.ndarray) -> list[tuple[float, float]]:
 
 
 def _strength(ink: np.ndarray, middles: np.ndarray, slope: float) -> np.ndarray:
-    """How much ink parallel lines have in seven tenths of their length and at both ends, (n,)."""
+    """The mean ink (n,) that seven in ten parts of each line have, at most twice its ends'."""
     rows, columns, inside = _pixels(ink.shape, middles, slope)
     starts = np.linspace(0, ink.shape[1], PARTS, endpoint=False).astype(int)
     count = np.add.reduceat(inside, starts, axis=1, dtype=np.float32)
     total = np.add.reduceat(np.where(inside, ink[rows, columns], 0), starts, axis=1)
-    whole = count > 0.7 * np.diff(starts, append=ink.shape[1])  # the others leave the picture
+    whole = count > 0.7 * np.diff(starts, append=ink.shape[1])  # the others are mostly outside
     means = np.where(whole, total / np.maximum(count, 1), np.inf)
     line, number = np.arange(len(means)), whole.sum(axis=1)
     most = np.sort(means, axis=1)[line, (0.3 * number).astype(int)]
@@ -91,7 +91,7 @@ def _strength(ink: np.ndarray, middles: np.ndarray, slope: float) -> np.ndarray:
 
 
 def _align(ink: np.ndarray, middle: float, slope: float, scale: int) -> tuple[float, float]:
-    """The darkest line within the error of one that was found at a `scale`-th of the size."""
+    """The darkest line near one that was found in the picture shrunk by `scale`."""
     beside = np.arange(-scale - 1, scale + 2)
     best, found = -np.inf, (middle, slope)
     for near in slope + np.linspace(-0.006, 0.006, 9):

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 import inference
 from analysis import explain, figures, model_figures, report, run_files
 from data.digits import load_digits
+from deploy.flags import FLAGS_OF_MODES
 from saving.checkpoint import PUBLISHED, load_checkpoint, save_checkpoint
 from vit_model import ViT
 
@@ -68,7 +69,7 @@ def drawn(monkeypatch) -> list:
 @pytest.mark.parametrize(("mode", "words"), PICTURES.items())
 def test_a_mode_writes_its_picture(run, tmp_path, mean_checkpoint, mode, words, drawn):
     flags = ["--mode", mode, "--checkpoint", mean_checkpoint, "--output", "p.png"]
-    if mode in inference.FLAGS_OF_MODES["seed"][0]:
+    if mode in FLAGS_OF_MODES["seed"][0]:
         flags += ["--seed", 1]
     result = run(inference.main, *flags)
     assert result.status == 0 and words in result.out, result.err

@@ -16,10 +16,11 @@ OURS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZ
 # Runs a script up to its first import of something large, and prints the environment there.
 UP_TO_PYTORCH = """
 import os, runpy, sys
+names, sys.argv = sys.argv[1:], sys.argv[:1]
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "torchvision", "numpy", "scipy", "sklearn"):
-            print(*(os.environ.get(name) for name in sys.argv[1:]), flush=True)
+            print(*map(os.environ.get, names), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Watch())
 script = sys.stdin.read()

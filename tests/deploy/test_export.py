@@ -164,7 +164,7 @@ def test_int8_and_raw_input_on_all_of_mnists_test_images(tmp_path):
             about,
             precision="int8" if flags else "fp32",
             raw_input=True,
-            calibration=load_mnist(MNIST).train.images[: export.CALIBRATION_IMAGES],
+            int8_images=load_mnist(MNIST).train.images[: export.INT8_IMAGES],
         )
         session = onnxruntime.InferenceSession(exporting.content)
         found = np.concatenate(

@@ -1,0 +1,156 @@
+"""The flags of inference.py and demo.py. Imports nothing heavy: they are read before PyTorch is."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from common import cli
+from common.errors import UserError
+from deploy.answers import FORMATS
+
+
+class Mode(NamedTuple):
+    """What `--mode` names: its line in the help, and the file that it writes."""
+
+    help: str
+    output: str
+
+
+MODES = {
+    "visualize": Mode("16 random test images", "./outputs/predictions.png"),
+    "attention": Mode("what it looks at", "./outputs/attention.png"),
+    "embeddings": Mode("positions, patches, classes", "./outputs/embeddings.png"),
+    "confusion": Mode("right and wrong by class", "./outputs/confusion.png"),
+    "calibration": Mode("confidence, accuracy", "./outputs/calibration.png"),
+    "report": Mode("a page with all pictures", "./outputs/report.html"),
+    "evaluate": Mode("score on the test set", "./outputs/evaluation.json"),
+    "onnx": Mode("export to ONNX", "./outputs/vit_mnist.onnx"),
+    "torch_export": Mode("export with torch.export", "./outputs/vit_mnist.pt2"),
+    "predict": Mode("your own images", "./outputs/predictions.json"),
+}
+EXPORTS = ("onnx", "torch_export")
+
+# A flag that would change nothing in a mode is refused there.
+FLAGS_OF_MODES: dict[str, tuple[tuple[str, ...], str]] = {
+    "image": (("predict",), "names pictures to read"),
+    "format": (("predict",), "(text, csv, json) is the form of the answers"),
+    "single": (("predict",), "takes a picture for one digit"),
+    "index": (("attention", "report"), "chooses test images"),
+    "seed": (("visualize", "attention", "embeddings", "report"), "draws test images at random"),
+    "half": (("onnx",), "is the precision of a file"),
+    "quantize": (("onnx",), "is the precision of a file"),
+    "raw_input": (EXPORTS, "is what a file takes and gives"),
+}
+MAX_INDICES = 12  # a picture of more images is too tall to read
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The flag `--checkpoint`; `saving.checkpoint.find_checkpoint` reads it."""
+    parser.add_argument(
+        "--checkpoint",
+        help="trained model; None: ./checkpoints/best_model.pt if it is there, else the pretrained "
+        "one of this repository",
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of inference.py; `output` is a Path."""
+    parser = cli.Parser(
+        description="Use a trained model: picture its predictions, score it, export it, read your "
+        "own digits."
+    )
+    parser.add_argument(
+        "--mode",
+        default="visualize",
+        choices=list(MODES),
+        help="; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()),
+    )
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--image",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="for predict: image files, folders (the images right in them), - for stdin",
+    )
+    parser.add_argument(
+        "--single",
+        action="store_true",
+        help="for predict: each image is known to hold one digit; its strokes may lie apart",
+    )
+    parser.add_argument(
+        "--format",
+        default="text",
+        choices=list(FORMATS),
+        help="of predict on stdout; with json and csv nothing else is printed there",
+    )
+    files = ", ".join(f"{name}: {mode.output}" for name, mode in MODES.items())
+    parser.add_argument(
+        "--output", default=argparse.SUPPRESS, help=f"file that is written (default: {files})"
+    )
+    parser.add_argument(
+        "--seed", type=cli.integer(0), help="for pictures: draws the same images again"
+    )
+    parser.add_argument(
+        "--index",
+        nargs="+",
+        type=cli.integer(0),
+        metavar="N",
+        help="for attention and report: these test images, counted from 0, not random ones",
+    )
+    cli.add_data_dir(parser)
+    cli.add_device(parser)
+    group = parser.add_argument_group("for onnx; --raw_input for torch_export, too")
+    group.add_argument(
+        "--quantize",
+        default="none",
+        choices=["none", "int8"],
+        help="int8: weights and the activations before them in 8 bits, ranges from training images",
+    )
+    group.add_argument("--half", action="store_true", help="weights and activations in fp16")
+    group.add_argument(
+        "--raw_input",
+        action="store_true",
+        help="uint8 pixels in, probabilities out: normalisation and softmax are in the file",
+    )
+    args = parser.parse_args()
+    _check_combination(args, parser)
+    args.output = Path(parser.given().get("output", MODES[args.mode].output))
+    if args.mode == "report" and args.output.suffix.lower() != ".html":
+        raise UserError(f"--output {args.output}: a report's name ends in .html")
+    return args
+
+
+def _check_combination(args: argparse.Namespace, parser: cli.Parser) -> None:
+    """Raise UserError where a flag does not go with the mode or with another flag."""
+    for flag, (modes, effect) in FLAGS_OF_MODES.items():
+        if args.mode not in modes and flag in parser.given():
+            raise UserError(
+                f"--mode {args.mode} given, but --{flag} {effect}, which is for --mode "
+                f"{' or '.join(modes)}: leave it out"
+            )
+    if args.half and args.quantize != "none":
+        raise UserError(f"--half and --quantize {args.quantize} contradict each other: give one")
+    if args.mode == "predict" and args.image is None:
+        raise UserError("--mode predict: name the pictures to read with --image FILE")
+    if args.index and len(args.index) > MAX_INDICES:
+        raise UserError(f"--index names {len(args.index)} images, expected at most {MAX_INDICES}")
+
+
+def parse_demo_args() -> argparse.Namespace:
+    """The flags of demo.py."""
+    parser = cli.Parser(
+        description="A web page to draw a digit on: what the network reads, what it received, "
+        "where it looked."
+    )
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to serve on: 127.0.0.1 for this computer alone, 0.0.0.0 for its networks",
+    )
+    parser.add_argument(
+        "--port", type=cli.integer(0, 65535), default=7860, help="port to serve on; 0: any free one"
+    )
+    cli.add_device(parser)
+    return parser.parse_args()
