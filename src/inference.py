@@ -33,7 +33,7 @@ from analysis import explain, figures, model_figures
 from analysis.report import reliability_text, write_report
 from common.device import choose_device
 from common.errors import UserError
-from common.files import check_writable, replacing, write_json
+from common.files import atomic_write, check_writable, write_json
 from data.dataset import Dataset
 from data.load import load_dataset
 from deploy.answers import show
@@ -297,7 +297,7 @@ def export_file(task: Task) -> None:
     print(export.compare(exported, precision, args.output.name, dataset and dataset.val))
     if args.output.exists():  # exports share their default names
         print(f"Replaced: {args.output}, which was there (--output names another file)")
-    with replacing(args.output) as temporary:
+    with atomic_write(args.output) as temporary:
         temporary.write_bytes(exported.content)
 
 

@@ -22,7 +22,7 @@ from analysis import figures
 from analysis.explain import Outputs, accuracy_interval, reliability
 from analysis.figures import one_line
 from analysis.run_files import read_run_files
-from common.files import replacing, write_text
+from common.files import atomic_write, write_text
 from saving.checkpoint import versions
 from utils import accuracy
 from vit_model import ViT, count_parameters
@@ -144,7 +144,7 @@ def write_report(
     links, embedded = {}, {}
     for name, png in pictures.items():
         picture_path = path.with_name(f"{path.stem}_{name}.png")
-        with replacing(picture_path) as temporary:
+        with atomic_write(picture_path) as temporary:
             temporary.write_bytes(png)
         links[name] = Markup(quote(picture_path.name))
         embedded[name] = f"data:image/png;base64,{b64encode(png).decode()}"
