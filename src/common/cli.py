@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
             if re.fullmatch(r"--\w+=--", arg):  # which argparse takes for no value at all
                 raise UserError(f"{arg[:-3]} needs a value, -- given: see --help")
         defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
-        absent = object()  # argparse gives no default to what is there already
+        absent: list = []  # argparse gives no default to what is there, and extends lists
         namespace = argparse.Namespace(**dict.fromkeys(defaults, absent))
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
