@@ -42,9 +42,6 @@ def expected_error(outputs: explain.Outputs, **changes) -> float:
     return explain.reliability(changed.confidence, changed.correct).expected_error
 
 
-# ------------------------------------------------------------------------------------ temperature
-
-
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
 def test_the_temperature_that_labels_were_drawn_with_is_found(temperature):
     generator = torch.Generator().manual_seed(0)
@@ -82,9 +79,6 @@ def test_the_pretrained_models_confidence_means_accuracy_and_few_digits_are_stra
     without = expected_error(outputs, temperature=1 / about["calibration"]["temperature"])
     assert expected_error(outputs) < 0.005 < 0.05 < without
     assert abs(outputs.confidence.mean() - outputs.correct.mean()) < 0.005
-
-
-# ------------------------------------------------------------------------------------ strangeness
 
 
 def test_strangeness_is_the_distance_to_the_nearest_class_summed_over_blocks():
@@ -146,9 +140,6 @@ def test_letters_and_shapes_may_be_no_digits(text, fonts):
     assert predict(model, images, about).strange.mean() > 0.7
 
 
-# ---------------------------------------------------------------------------------- who writes it
-
-
 @pytest.mark.slow
 def test_a_run_of_two_processes_and_a_resumed_one_are_calibrated(tmp_path):
     flags = [*TINY_DIGITS, "--train_samples", 70, "--save_dir", tmp_path, "--output_dir", tmp_path]
@@ -178,14 +169,10 @@ def test_a_model_without_is_taken_as_it_is(run, trained, tmp_path):
     np.testing.assert_allclose(probabilities[:9], expected, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------- evaluation
-
-
 def test_evaluate_names_both_losses_and_keeps_anothers_evaluation(
     run, trained, tmp_path, digits_model
 ):
     path = trained / "checkpoints" / "best_model.pt"
-    (tmp_path / "copy.pt").write_bytes(path.read_bytes())
     history = json.loads((path.parent / "history.json").read_text())
     flags = ("--mode", "evaluate", "--checkpoint")
     printed = run(inference.main, *flags, path).out
@@ -197,6 +184,7 @@ def test_evaluate_names_both_losses_and_keeps_anothers_evaluation(
     assert f"Cross-entropy: {cross_entropy:.4f}  (labels not smoothed, " in printed
     assert "Test Loss: labels smoothed by 0.1" in printed
     assert run(inference.main, *flags, path).out == printed  # the same again takes its place
+    (tmp_path / "copy.pt").write_bytes(path.read_bytes())
     assert "Kept: " not in run(inference.main, *flags, "copy.pt").out  # the same model
     save_checkpoint("copy.pt", {**torch.load("copy.pt"), "epoch": 1})  # another one by that name
     printed = run(inference.main, *flags, "copy.pt").out

@@ -34,9 +34,6 @@ def images() -> torch.Tensor:
     return next(iter(BatchLoader(load_digits().test, 8, 0.1593, 0.2986)))[0]
 
 
-# ------------------------------------------------------------------------------------- attention
-
-
 def test_attention_weights_are_those_of_multihead_attention_called_by_hand(model, images):
     found = explain.attention_weights(model, images)
     tokens = 16 + (model.pool == "cls")
@@ -99,9 +96,6 @@ def test_a_patch_map_is_what_the_head_reads_of_each_patch(model, images):
         assert maps[5, 2, 1].sum() == pytest.approx(1, abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------- on a test set
-
-
 def test_outputs_are_the_models_own_on_every_image(model):
     test = load_digits().test
     outputs = explain.outputs(model, BatchLoader(test, 50, 0.1593, 0.2986))
@@ -141,9 +135,6 @@ def test_reliability_of_a_case_by_hand():
     np.testing.assert_allclose(found.accuracy, [0, 0, 0.5, 1, 2 / 3])
     by_hand = (2 * 0.075 + 1 * 0.2 + 3 * (0.95 - 2 / 3)) / 6
     assert found.expected_error == pytest.approx(by_hand)
-
-
-def test_reliability_of_certainty_and_of_nothing_certain():
     always_right = explain.reliability(np.ones(10), np.ones(10, bool))
     assert len(always_right.counts) == 15 and always_right.expected_error == 0
     assert explain.reliability(np.zeros(4), np.zeros(4, bool)).counts[0] == 4
@@ -156,9 +147,6 @@ def test_the_interval_of_an_accuracy_is_wilsons(correct, count):
     half = z * np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
     expected = (middle - half, middle + half)
     assert explain.accuracy_interval(correct, count) == pytest.approx(expected, abs=1e-6)
-
-
-# ------------------------------------------------------------------------------------- embeddings
 
 
 def test_position_similarity_is_the_cosine_between_patches(model):

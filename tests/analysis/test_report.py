@@ -55,15 +55,12 @@ def mean_checkpoint(tmp_path) -> str:
 @pytest.fixture
 def drawn(monkeypatch) -> list:
     """The figures that are written, in turn. The 2-D maps have few points, to be quick."""
-    figures_drawn = []
+    seen = []
     save, png = figures.save, figures.png
-    monkeypatch.setattr(figures, "save", lambda f, path: (figures_drawn.append(f), save(f, path)))
-    monkeypatch.setattr(figures, "png", lambda f: (figures_drawn.append(f), png(f))[1])
+    monkeypatch.setattr(figures, "save", lambda f, path: (seen.append(f), save(f, path)))
+    monkeypatch.setattr(figures, "png", lambda f: (seen.append(f), png(f))[1])
     monkeypatch.setattr(inference, "MAPPED_IMAGES", 60)
-    return figures_drawn
-
-
-# --------------------------------------------------------------------------------------- pictures
+    return seen
 
 
 @pytest.mark.parametrize(("mode", "words"), PICTURES.items())
@@ -72,8 +69,7 @@ def test_a_mode_writes_its_picture(run, tmp_path, mean_checkpoint, mode, words, 
     if mode in FLAGS_OF_MODES["seed"][0]:
         flags += ["--seed", 1]
     result = run(inference.main, *flags)
-    assert result.status == 0 and words in result.out, result.err
-    assert "Written: p.png" in result.out
+    assert words in result.out and "Written: p.png" in result.out, result.err
     picture = imread(tmp_path / "p.png")
     assert min(picture.shape[:2]) > 500 and picture[..., :3].std() > 0.05
     assert_readable(drawn[0])
@@ -155,8 +151,7 @@ def assert_self_contained(text: str) -> Page:
 
 def test_the_report_of_a_training_run_tells_all_of_it(run, tmp_path, trained, drawn):
     path = trained / "checkpoints" / "best_model.pt"
-    result = run(inference.main, "--mode", "report", "--checkpoint", path, "--seed", 0)
-    assert result.status == 0 and result.err == ""
+    assert not run(inference.main, "--mode", "report", "--checkpoint", path, "--seed", 0).err
     page = assert_self_contained((tmp_path / "outputs" / "report.html").read_text())
     markdown = (tmp_path / "outputs" / "report.md").read_text()
     history = json.loads((trained / "checkpoints" / "history.json").read_text())
@@ -185,9 +180,9 @@ def test_the_report_of_a_training_run_tells_all_of_it(run, tmp_path, trained, dr
 
 def test_the_report_of_a_checkpoint_alone(run, tmp_path, mean_checkpoint, drawn):
     flags = ("--mode", "report", "--checkpoint", mean_checkpoint, "--output", "a/b.html")
-    result = run(inference.main, *flags)
-    assert result.status == 0 and result.err == ""
+    assert not run(inference.main, *flags).err
     page = assert_self_contained((tmp_path / "a" / "b.html").read_text())
+    assert "alone/mean.pt" in page.words and str(tmp_path) not in page.words
     assert sum(link.startswith("data:") for link in page.links) == 5
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names == {"b.html", "b.md", *(f"b_{picture}.png" for picture in PICTURES)}
@@ -197,8 +192,7 @@ def test_the_report_of_a_checkpoint_alone(run, tmp_path, mean_checkpoint, drawn)
 def test_the_report_of_a_published_checkpoint(run, tmp_path, drawn):
     save(tmp_path / "published.pt", about={}, depth=1)  # four keys, no more
     flags = ("--mode", "report", "--checkpoint", "published.pt", "--data_dir", MNIST)
-    result = run(inference.main, *flags)
-    assert result.status == 0 and result.err == ""
+    assert not run(inference.main, *flags).err
     page = assert_self_contained((tmp_path / "outputs" / "report.html").read_text())
     assert "of 10,000 wrong" in page.words
 
