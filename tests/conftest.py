@@ -11,7 +11,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core; read while PyTorch is imported
 
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import shutil
 import signal
 import subprocess
@@ -191,14 +191,14 @@ def start():
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests"))))
+        multiprocessing.forkserver.ensure_running()
 
     def begin(folder, flags, environment=None, die_at=None, limit=None, output=None):
         arguments = (str(folder), list(map(str, flags)), environment or {}, die_at, limit, output)
         process = context.Process(target=work, args=arguments)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", paths)  # for the server, which starts with the first
-            process.start()
+        process.start()
         return process
 
     return begin
