@@ -142,14 +142,7 @@ def history(folder: str | Path = "checkpoints") -> dict:
     return json.loads(Path(folder, "history.json").read_text())
 
 
-def work(
-    folder: str,
-    flags: list[str],
-    environment: dict,
-    die_at: int | None,
-    limit: int | None,
-    output: str | None,
-) -> None:
+def work(folder, flags, environment, die_at=None, limit=None, output=None) -> None:
     """What a process of `start` does."""
     import resource
 
@@ -165,7 +158,6 @@ def work(
             os.dup2(os.open(output, os.O_WRONLY), stream)
         sys.stdout = open(1, "w")  # noqa: SIM115
         sys.stderr = open(2, "w") if os.isatty(2) else sys.stderr  # noqa: SIM115
-    torch.set_num_threads(1)
     run_files.figures = NO_FIGURES
     events = iter(range(1, 10**9))
 
@@ -195,9 +187,9 @@ def start():
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests"))))
         multiprocessing.forkserver.ensure_running()
 
-    def begin(folder, flags, environment=None, die_at=None, limit=None, output=None):
-        arguments = (str(folder), list(map(str, flags)), environment or {}, die_at, limit, output)
-        process = context.Process(target=work, args=arguments)
+    def begin(folder, flags, environment=None, **how):
+        arguments = str(folder), [str(flag) for flag in flags], environment or {}
+        process = context.Process(target=work, args=arguments, kwargs=how)
         process.start()
         return process
 
