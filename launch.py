@@ -1,7 +1,7 @@
 """Run a script of this project with a Python that has what it needs, making one if there is none.
 
     python3 launch.py train.py --epochs 5      # src/train.py, with exactly these flags
-    python3 launch.py test -k model            # the tests
+    python3 launch.py test                     # the quick tests; all: test --all
     python3 launch.py --nproc 2 train.py       # as two processes that share every batch
     python3 launch.py                          # what can be run
 
@@ -63,7 +63,7 @@ def find_scripts() -> dict[str, str]:
         tests = [ast.dump(node.test) for node in tree.body if isinstance(node, ast.If)]
         if any("'__main__'" in test for test in tests):
             scripts[path.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return {**scripts, "test": "Run the test suite, with the flags of pytest."}
+    return {**scripts, "test": "Run the quick tests, --all: all of them; with the flags of pytest."}
 
 
 def read_requirements(extra: str | None) -> list[str]:
@@ -436,7 +436,8 @@ def main(argv: list[str]) -> None:
     note(f"torch {versions['torch']}, torchvision {versions['torchvision']}, {report['device']}")
     if script == "test":
         os.chdir(ROOT)
-        become(report["path"], "-m", "pytest", *flags)
+        parallel = ["-n", "auto", "--dist", "worksteal"]  # of pytest-xdist; a later -n wins
+        become(report["path"], "-m", "pytest", *parallel, *flags)
     if count > 1:
         with tempfile.TemporaryDirectory() as folder:
             sys.exit(run_together(count, folder, report["path"], ROOT / "src" / script, *flags))

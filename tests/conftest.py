@@ -1,10 +1,18 @@
 """What several test files share: running a script's `main`, in this process or in others, and one
-small training run."""
+small training run.
+
+Tests marked `slow` are left out, but with --all, with -m, or where a test is named by its id.
+"""
 
 import common.startup  # noqa: F401 before PyTorch
 
-import multiprocessing
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core; read while PyTorch is imported
+
+import json
+import multiprocessing.forkserver
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +23,13 @@ import pytest
 import sklearn.datasets  # noqa: F401 what a run would import: forked processes find it there
 import torch
 import torch._dynamo
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 import train
 from common import cli, startup
 from data.mnist import MNIST_FILES
+from training import run_files
 
 # A shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,12 +43,20 @@ needs_mnist = pytest.mark.skipif(
     reason="no MNIST in ./mnist",
 )
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-# A run of seconds: the digits, a small network, few passes.
-QUICK = "--device cpu --dataset digits --epochs 15 --batch_size 32 --lr 3e-3".split()
-QUICK += "--depth 2 --embed_dim 48".split()
+posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, pipes and terminals")
 
-# One of a second.
+# A run of seconds: the digits, a small network, few passes.
+QUICK = "--device cpu --dataset digits --epochs 8 --batch_size 32 --lr 4e-3".split()
+QUICK += "--depth 2 --embed_dim 48 --translate 0.02".split()
+# One of a second, and one of less.
 TINY_DIGITS = "--device cpu --dataset digits --depth 1 --embed_dim 16 --num_heads 2".split()
+TINY = [*TINY_DIGITS, *"--train_samples 100 --batch_size 50".split()]
+
+# Drawing takes longer than a small run: only `trained` draws its curves.
+FIGURES = run_files.figures
+NO_FIGURES = SimpleNamespace(
+    training_curves=lambda history: None, save=lambda _, path: path.write_bytes(b"drawn")
+)
 
 # Fuzzing: few examples and always the same, or many and always others (--hypothesis-profile long).
 # Fixtures are shared by a test's examples on purpose; how long one takes, the tests look at.
@@ -49,6 +67,27 @@ settings.register_profile(
     "long", settings.get_profile("ci"), max_examples=10_000, derandomize=False, print_blob=True
 )
 settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    named = config.option.markexpr or any("::" in argument for argument in config.args)
+    if not named and not config.getoption("--all"):
+        config.option.markexpr = "not slow"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means; each worker takes seconds to import PyTorch, so more are no faster."""
+    return min(8, startup.cores())
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(run_files, "figures", NO_FIGURES)
 
 
 @pytest.fixture
@@ -71,6 +110,18 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
+def complete(run):
+    """complete(*flags) -> what a training run printed, which must come to its end."""
+
+    def call(*flags) -> SimpleNamespace:
+        result = run(train.main, *flags)
+        assert result.status == 0, result.err
+        return result
+
+    return call
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch):
     """folder(name): an empty folder, from now on the current one."""
 
@@ -82,9 +133,16 @@ def folder(tmp_path, monkeypatch):
     return enter
 
 
-def work(
-    folder: str, flags: list[str], environment: dict, die_at: int | None, limit: int | None
-) -> None:
+def read(path: str | Path) -> dict:
+    """What a checkpoint holds."""
+    return torch.load(path, weights_only=True)
+
+
+def history(folder: str | Path = "checkpoints") -> dict:
+    return json.loads(Path(folder, "history.json").read_text())
+
+
+def work(folder, flags, environment, die_at=None, limit=None, output=None) -> None:
     """What a process of `start` does."""
     import resource
 
@@ -94,7 +152,13 @@ def work(
     rank = environment.get("RANK", "")
     sys.stdout = open(f"out{rank}.txt", "w")  # noqa: SIM115
     sys.stderr = open(f"err{rank}.txt", "w")  # noqa: SIM115
-    torch.set_num_threads(1)
+    if output:
+        os.setsid()  # so that a terminal becomes its own
+        for stream in (1, 2):
+            os.dup2(os.open(output, os.O_WRONLY), stream)
+        sys.stdout = open(1, "w")  # noqa: SIM115
+        sys.stderr = open(2, "w") if os.isatty(2) else sys.stderr  # noqa: SIM115
+    run_files.figures = NO_FIGURES
     events = iter(range(1, 10**9))
 
     def watch(event: str, args: tuple) -> None:
@@ -115,18 +179,18 @@ def start():
 
     It is forked from one that knows PyTorch. `environment`: variables to set, `die_at`: it is
     killed at its n-th opening or renaming of a file in checkpoints/, `limit`: no file may grow
-    beyond so many bytes.
+    beyond so many bytes, `output`: a terminal or a pipe in place of out.txt.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    paths = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests"))))
+        multiprocessing.forkserver.ensure_running()
 
-    def begin(folder, flags, environment=None, die_at=None, limit=None):
-        arguments = (str(folder), list(map(str, flags)), environment or {}, die_at, limit)
-        process = context.Process(target=work, args=arguments)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", paths)  # for the server, which starts with the first
-            process.start()
+    def begin(folder, flags, environment=None, **how):
+        arguments = str(folder), [str(flag) for flag in flags], environment or {}
+        process = context.Process(target=work, args=arguments, kwargs=how)
+        process.start()
         return process
 
     return begin
@@ -151,12 +215,19 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The folder of one finished training run on the digits."""
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *QUICK])
-        train.main()
+    """The folder of one finished training run on the digits, made once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "trained"
+    with FileLock(base / "trained.lock"):
+        if not (folder / "outputs" / "training_curves.png").exists():  # the last that is written
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                patch.setattr(sys, "argv", ["train.py", *QUICK])
+                patch.setattr(run_files, "figures", FIGURES)
+                train.main()
     return folder
 
 

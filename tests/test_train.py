@@ -1,85 +1,109 @@
 """Training from the command line: what it writes, what it repeats, how it stops and refuses."""
 
 import errno
-import json
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import MNIST, QUICK, ROOT, assert_one_error_line, needs_cuda, needs_mnist
+from conftest import (
+    MNIST,
+    QUICK,
+    TINY,
+    assert_one_error_line,
+    history,
+    needs_cuda,
+    needs_mnist,
+    posix,
+    read,
+)
 from matplotlib.image import imread
 
-import optim
 import train
 from data.digits import load_digits
-from recipes import DATASET_SETTINGS, DEFAULTS, RECIPES
+from recipes import DATASET_SETTINGS, FLAGS, RECIPES, Settings
 from saving.checkpoint import load_checkpoint
+from saving.run_state import read_run_state
+from training import speed
 from utils import evaluate, make_loaders
 
-TINY = "--device cpu --dataset digits --train_samples 100 --batch_size 50".split()
-TINY += "--depth 1 --embed_dim 16".split()
+BEST, LAST = Path("checkpoints/best_model.pt"), Path("checkpoints/last.pt")
+# Gradient descent whose every step is the gradient itself, in full precision.
+DESCENT = [*TINY, *"--dropout 0 --precision fp32 --scheduler ConstantLR(factor=1)".split()]
 
 
-def todo_rows(folder) -> list[str]:
-    text = (folder / "TODO.md").read_text()
-    return [line for line in text.splitlines() if re.match(r"\| \d", line)]
+def todo_rows(folder: str | Path = "") -> list[list[str]]:
+    text = Path(folder, "TODO.md").read_text()
+    rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| \d", line)]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def weights(path: Path = BEST) -> dict[str, torch.Tensor]:
+    return read(path)["model_state_dict"]
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(theirs[name], value) for name, value in ours.items())
+
+
+def scores(model, loader) -> tuple[float, ...]:
+    """Mean loss, top-1 and top-5."""
+    return evaluate(model, loader, torch.nn.CrossEntropyLoss(), "cpu")
+
+
+# -------------------------------------------------------------------------- what a run leaves
 
 
 def test_a_run_writes_all_that_it_promises(trained):
-    model, checkpoint = load_checkpoint(trained / "checkpoints" / "best_model.pt")
+    model, checkpoint = load_checkpoint(trained / BEST)
     published = {"epoch", "model_state_dict", "optimizer_state_dict", "best_acc"}
     ours = {"model_config", "normalization", "dataset", "class_names", "settings", "versions"}
-    ours |= {"scheduler_state_dict", "fingerprint", "calibration"}
+    ours |= {"scheduler_state_dict", "fingerprint", "calibration", "format"}
     assert set(checkpoint) == published | ours
     assert checkpoint["dataset"] == "digits"
     assert checkpoint["model_config"]["depth"] == len(model.blocks) == 2
 
-    history = json.loads((trained / "checkpoints" / "history.json").read_text())
-    assert [row["epoch"] for row in history["epochs"]] == list(range(1, 16))
-    for row in history["epochs"]:
-        assert row["train_loss"] > 0 and row["val_loss"] > 0 and row["images_per_second"] > 0
-    best = max(history["epochs"], key=lambda row: row["val_acc"])
+    told = history(trained / "checkpoints")
+    assert [row["epoch"] for row in told["epochs"]] == list(range(1, 9))
+    for row in told["epochs"]:
+        for name in ("train_loss", "val_loss", "images_per_second", "grad_norm"):
+            assert row[name] > 0
+    best = max(told["epochs"], key=lambda row: row["val_acc"])
     assert (checkpoint["epoch"], checkpoint["best_acc"]) == (best["epoch"], best["val_acc"])
-    assert history["test"]["best_epoch"] == best["epoch"]
-    assert history["epochs"][-1]["train_loss"] < history["epochs"][0]["train_loss"]
-    cosine = [3e-3 * (1 + math.cos(math.pi * epoch / 15)) / 2 for epoch in range(15)]
-    rates = [row["lr"]["all parameters"] for row in history["epochs"]]
+    assert told["test"]["best_epoch"] == best["epoch"]
+    assert told["epochs"][-1]["train_loss"] < told["epochs"][0]["train_loss"]
+    cosine = [4e-3 * (1 + math.cos(math.pi * epoch / 8)) / 2 for epoch in range(8)]
+    rates = [row["lr"]["all parameters"] for row in told["epochs"]]
     assert rates == pytest.approx(cosine)
-    assert all(row["grad_norm"] > 0 for row in history["epochs"])
-    marked = [row["epoch"] for row in history["epochs"] if row["is_best"]]
+    marked = [row["epoch"] for row in told["epochs"] if row["is_best"]]
     assert marked[0] == 1 and marked[-1] == best["epoch"]
-    fingerprints = {history["fingerprint"], checkpoint["fingerprint"]}
-    assert len(fingerprints) == 1 and len(history["fingerprint"]) == 12
+    fingerprints = {told["fingerprint"], checkpoint["fingerprint"]}
+    assert len(fingerprints) == 1 and len(told["fingerprint"]) == 12
 
     timing = (trained / "checkpoints" / "timing_cpu.txt").read_text().splitlines()
     keys = "device epochs batch_size total_train_time avg_time_per_epoch best_val_acc test_acc "
     keys += "test_top5 dataset fingerprint"
     assert [line.split(": ")[0] for line in timing] == keys.split()
-    assert timing[-4] == f"test_acc: {history['test']['top1']:.2f}"
+    assert timing[-4] == f"test_acc: {told['test']['top1']:.2f}"
 
-    rows = todo_rows(trained)
-    assert len(rows) == 15
-    for row, epoch in zip(rows, history["epochs"], strict=True):
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[1:4] == ["done", f"{epoch['train_loss']:.4f}", f"{epoch['val_acc']:.2f}"]
+    expected = [
+        ["done", f"{row['train_loss']:.4f}", f"{row['val_acc']:.2f}"] for row in told["epochs"]
+    ]
+    assert [row[1:4] for row in todo_rows(trained)] == expected
     assert imread(trained / "outputs" / "training_curves.png").shape[1] > 1000
+    # Far above the 10 % of chance; that of the model which is saved.
+    assert told["test"]["top1"] > 60
+    assert scores(model, make_loaders(load_digits())[2])[1] == told["test"]["top1"]
 
 
-def test_the_digits_are_learned(trained):
-    """Far above the 10 % of chance after a few passes of a small network."""
-    history = json.loads((trained / "checkpoints" / "history.json").read_text())
-    assert history["test"]["top1"] > 60
-
-
-def test_output_names_the_data_and_ends_with_the_test_result(run):
-    result = run(train.main, *TINY, "--epochs", 2)
-    assert result.status == 0 and result.err == ""
+def test_output_names_the_data_and_ends_with_the_test_result(complete):
+    result = complete(*TINY, "--epochs", 2)
+    assert result.err == ""
     for pattern in (
         r"^data: +digits, 100 / 180 / 180 images",
         r"^recipe:   article: epochs 2, batch_size 50, .*depth 1,",
@@ -94,171 +118,89 @@ def test_output_names_the_data_and_ends_with_the_test_result(run):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_is_printed_and_stored_and_flags_win_over_it(run, tmp_path, recipe):
+def test_a_recipe_is_printed_and_stored_and_flags_win_over_it(complete, recipe):
     flags = ["--recipe", recipe, "--epochs", 1, "--label_smoothing", 0.25, "--elastic", 0.5]
-    result = run(train.main, *TINY, *flags)
-    assert result.status == 0 and result.err == ""
-    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
-    stored = history["settings"]
+    result = complete(*TINY, *flags)
+    assert result.err == ""
+    stored = history()["settings"]
     assert stored["recipe"] == recipe
-    for given, value in {"label_smoothing": 0.25, "elastic": 0.5, "depth": 1}.items():
-        assert stored[given] == value
-        assert re.search(rf"^recipe:   {recipe}: .*{given} {value}", result.out, re.MULTILINE)
-    texts = {"optimizer", "scheduler", "scheduler_interval"}  # stored as resolved
-    given = {"epochs", "label_smoothing", "elastic", "depth", "embed_dim", "batch_size"}
-    for name, value in (RECIPES[recipe] | DATASET_SETTINGS["digits"]).items():
-        if name not in texts | given:
-            assert stored[name] == value
-    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")[1]["settings"] == stored
+    by_hand = {"label_smoothing": 0.25, "elastic": 0.5, "depth": 1}
+    for name, value in by_hand.items():
+        assert re.search(rf"^recipe:   {recipe}: .*{name} {value}", result.out, re.MULTILINE)
+    by_hand |= {"epochs": 1, "embed_dim": 16, "batch_size": 50, "num_heads": 2}
+    expected = RECIPES[recipe] | DATASET_SETTINGS["digits"] | by_hand
+    for name in ("optimizer", "scheduler"):  # stored as resolved
+        expected.pop(name, None)
+    assert stored | expected == stored
+    assert read(BEST)["settings"] == stored
 
 
-def test_recipes_say_only_what_flags_can_say():
-    for settings in RECIPES.values():
-        assert settings.keys() <= DEFAULTS.keys()
+def test_a_flag_wins_over_the_data_sets_setting_and_that_over_the_default(complete):
+    complete(
+        *"--dataset digits --epochs 1 --batch-size 10 --embed_dim=16 --train_samples 30".split()
+    )
+    settings = history()["settings"]
+    assert (settings["epochs"], settings["batch_size"], settings["embed_dim"]) == (1, 10, 16)
+    assert settings["depth"] == DATASET_SETTINGS["digits"]["depth"] != Settings.depth
+    assert settings["lr"] == Settings.lr
 
 
-def test_strong_augmentation_reaches_the_training_images(run, tmp_path):
-    """The same run but for a strength ends with other weights."""
-    seen = []
-    for flags in ([], ["--elastic", "1.5"], ["--erase", "0.9"], ["--scale=0.3"], ["--shear", "20"]):
-        assert run(train.main, *TINY, "--epochs=1", *flags).status == 0
-        seen.append(weights(tmp_path)["head.weight"])
-    for i, a in enumerate(seen):
-        assert all(not torch.equal(a, b) for b in seen[i + 1 :])
-
-
-def test_mean_pooling_and_fixed_positions_from_training_to_a_loaded_model(run, tmp_path):
-    flags = ["--pool", "mean", "--pos_embed", "sincos2d"]
-    assert run(train.main, *TINY, "--epochs=1", *flags).status == 0
-    model, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
+def test_mean_pooling_and_fixed_positions_from_training_to_a_loaded_model(complete):
+    complete(*TINY, "--epochs=1", "--pool", "mean", "--pos_embed", "sincos2d")
+    model, checkpoint = load_checkpoint(BEST)
     assert (model.pool, checkpoint["model_config"]["pos_embed"]) == ("mean", "sincos2d")
-    _, _, loader = make_loaders(load_digits())
-    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
-    assert evaluate(model, loader, torch.nn.CrossEntropyLoss(), "cpu")[1] == history["test"]["top1"]
+    assert scores(model, make_loaders(load_digits())[2])[1] == history()["test"]["top1"]
 
 
-def test_compiling_counts_as_time_of_the_run_but_not_in_the_rate(run, tmp_path, monkeypatch):
-    def compile_slowly(model, *_):
-        time.sleep(2)
-        return model
-
-    monkeypatch.setattr(train, "compile_network", compile_slowly)
-    assert run(train.main, *TINY, "--epochs", 1).status == 0
-    [row] = json.loads((tmp_path / "checkpoints" / "history.json").read_text())["epochs"]
-    timing = (tmp_path / "checkpoints" / "timing_cpu.txt").read_text()
-    assert row["seconds"] >= 2 and f"total_train_time: {row['seconds']:.2f}" in timing
-    assert 100 / row["images_per_second"] <= row["seconds"] - 2
-
-
-def test_compiled_training_learns_the_same(run, tmp_path):
-    """In fp32 and without dropout, where the order of sums is all that may differ."""
-    losses = []
-    for mode in ("off", "on"):
-        flags = ["--epochs=2", "--dropout=0", "--precision=fp32", "--compile", mode]
-        result = run(train.main, *TINY, *flags)
-        assert result.status == 0
-        history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
-        losses.append(history["epochs"][-1]["train_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def test_where_compiling_fails_training_goes_on_with_a_note(run, tmp_path, monkeypatch):
-    def broken(model, **_):
-        def forward(images):
-            raise RuntimeError("no C++ compiler\nfound")
-
-        return forward
-
-    expected = run(train.main, *TINY, "--epochs=1", "--compile", "off")
-    reference = weights(tmp_path)
-    monkeypatch.setattr(torch, "compile", broken)
-    result = run(train.main, *TINY, "--epochs=1", "--compile", "on")
-    assert expected.status == result.status == 0
-    assert result.err.startswith("note: torch.compile failed") and result.err.count("\n") == 1
-    assert "no C++ compiler found" in result.err
-    assert all(torch.equal(reference[name], value) for name, value in weights(tmp_path).items())
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    path = folder / "checkpoints" / "best_model.pt"
-    return torch.load(path, weights_only=True)["model_state_dict"]
-
-
-def test_one_seed_gives_bit_identical_weights_and_another_does_not(run, tmp_path):
+def test_one_seed_gives_bit_identical_weights_and_another_does_not(complete):
+    """Nor does another strength of augmentation."""
     seen = []
-    for seed, workers in ((1, 0), (1, 2), (2, 0)):
-        assert (
-            run(train.main, *TINY, "--seed", seed, "--num_workers", workers, "--epochs=2").status
-            == 0
-        )
-        seen.append(weights(tmp_path))
-    first, same, other = seen
-    assert all(torch.equal(first[name], same[name]) for name in first)
-    assert not torch.equal(first["head.weight"], other["head.weight"])
+    for flags in ("", "--num_workers 2", "--seed 2", "--elastic 1.5", "--erase 0.9", "--shear 20"):
+        complete(*TINY, "--epochs=2", *flags.split())
+        seen.append(weights())
+    first, same, *others = seen
+    assert_equal(first, same)
+    heads = [first["head.weight"], *(other["head.weight"] for other in others)]
+    for i, head in enumerate(heads):
+        assert not any(torch.equal(head, other) for other in heads[i + 1 :])
 
 
-def test_fp32_and_bf16_learn_alike(run, tmp_path):
+# ------------------------------------------------------------------------------------- the steps
+
+
+def test_fp32_and_bf16_learn_alike(complete):
     losses = []
     for precision in ("fp32", "bf16"):
-        assert run(train.main, *TINY, "--epochs=3", "--precision", precision).status == 0
-        history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
-        assert history["precision"] == precision
-        losses.append(history["epochs"][-1]["train_loss"])
+        complete(*TINY, "--epochs=3", "--precision", precision)
+        assert history()["precision"] == precision
+        losses.append(history()["epochs"][-1]["train_loss"])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def an_epoch(model, loader, *hooks, **options) -> dict:
-    """The row of an epoch in which nothing is learned."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for hook in hooks:
-        optimizer.register_step_pre_hook(hook)
-    settings = {"epochs": 5, "steps_per_epoch": len(loader)}
-    schedule = optim.build_scheduler("ConstantLR(factor=1)", optimizer, **settings)
-    totals = train.Totals.of_nothing(optimizer, torch.device("cpu"))
-    parts = optimizer, schedule, optim.WeightAverage(model), totals
-    criterion = torch.nn.CrossEntropyLoss()
-    for _ in train.train_steps(model, loader, criterion, *parts, precision="fp32", **options):
-        pass
-    return totals.row(optimizer, train.ALONE)
-
-
-def test_gradients_are_clipped_to_the_norm_asked_for(digits_loader):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-    norms = []
-
-    def note_norm(*_) -> None:
-        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
-        norms.append(gradients.norm().item())
-
-    for clip in (0.05, 0):
-        an_epoch(model, digits_loader, note_norm, grad_clip=clip)
-    clipped, free = norms[: len(digits_loader)], norms[len(digits_loader) :]
-    assert clipped == pytest.approx([0.05] * len(clipped), rel=1e-3)
-    assert min(free) > 0.5
-
-
-@pytest.fixture
-def digits_loader():
-    return make_loaders(load_digits(), 200)[0]
-
-
-def test_training_averages_are_exact_over_samples(digits_loader):
-    """With no learning, the epoch's loss and accuracy are those of all its images at once."""
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-    criterion = torch.nn.CrossEntropyLoss()
-    batches = list(digits_loader)
-    digits_loader.epoch = 0
-    row = an_epoch(model, digits_loader, grad_clip=0, grad_accum_steps=3)
-    logits = model(torch.cat([images for images, _ in batches]))
-    labels = torch.cat([labels for _, labels in batches])
-    assert row["train_loss"] == pytest.approx(criterion(logits, labels).item(), rel=1e-5)
+def test_an_epochs_averages_are_exact_over_its_images(complete):
+    """Of a network that learns nothing, whose batches are uneven and pass it in three parts."""
+    flags = "--optimizer SGD(lr=1e-30) --label_smoothing 0 --batch_size 40 --grad_accum_steps 3"
+    complete(*DESCENT, *flags.split(), "--epochs", 1)
+    loader = make_loaders(load_digits(), 40, train_samples=100)[0]
+    images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    logits = load_checkpoint(BEST)[0](images)
+    [row] = history()["epochs"]
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    assert row["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
     top1 = 100 * (logits.argmax(1) == labels).float().mean().item()
     assert row["train_acc"] == pytest.approx(top1, rel=1e-5)
 
 
-# -------------------------------------------------------------- optimizers, schedules, averages
+def test_gradients_are_clipped_to_the_norm_asked_for_and_reported_as_they_were(complete):
+    seen = {}
+    for name, lr, clip in (("start", 1e-30, 0), ("free", 1, 0), ("clipped", 1, 0.05)):
+        optimizer = ["--optimizer", f"SGD(lr={lr})", "--grad_clip", clip]
+        complete(*DESCENT, *optimizer, "--batch_size", 100, "--epochs", 1)
+        seen[name] = torch.cat([value.flatten() for value in weights(LAST).values()])
+    norms = {name: (seen[name] - seen["start"]).norm().item() for name in seen}
+    assert norms["clipped"] == pytest.approx(0.05, rel=1e-3) and norms["free"] > 0.5
+    assert history()["epochs"][0]["grad_norm"] == pytest.approx(norms["free"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -274,145 +216,162 @@ def test_training_averages_are_exact_over_samples(digits_loader):
         ["--optimizer", "lamb(adam_w_mode=False)", "--scheduler", "CosineDecayLR"],
     ],
 )
-def test_optimizers_and_schedules_train_from_the_command_line(run, tmp_path, flags):
-    result = run(train.main, *TINY, "--epochs", 4, "--train_samples", 500, *flags)
-    assert result.status == 0, result.err
-    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
-    losses = [row["train_loss"] for row in history["epochs"]]
+def test_optimizers_and_schedules_train_from_the_command_line(complete, flags):
+    result = complete(*TINY, "--epochs", 4, "--train_samples", 300, *flags)
+    losses = [row["train_loss"] for row in history()["epochs"]]
     assert losses[-1] < losses[0]
-    call = history["settings"]["optimizer"]
-    assert history["settings"]["lr"] == {"SGD": 0.05, "LBFGS": 0.3}.get(
-        flags[1].split("(")[0], 1e-3
-    )
-    assert call.lower().startswith(flags[1].split("(")[0].lower()) and call in result.out
-    assert history["settings"]["scheduler"] in result.out
-    _, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
-    assert checkpoint["settings"]["optimizer"] == call
+    settings, name = history()["settings"], flags[1].split("(")[0]
+    assert settings["lr"] == {"SGD": 0.05, "LBFGS": 0.3}.get(name, 1e-3)
+    assert settings["optimizer"].lower().startswith(name.lower())
+    assert settings["optimizer"] in result.out and settings["scheduler"] in result.out
+    assert read(BEST)["settings"] == settings
 
 
-def test_the_average_is_validated_and_saved_beside_the_raw_weights(run, tmp_path):
+def test_the_schedule_moves_with_every_step(complete):
+    """A run's rates are those of PyTorch's own OneCycleLR, called once a step."""
+    flags = ["--epochs", 3, "--batch_size", 20, "--scheduler", "onecycle", "--lr", 0.01]
+    complete(*TINY, *flags, "--optimizer", "SGD(momentum=0.9)")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=15)
+    expected = []
+    for _ in range(15):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step() if len(expected) < 15 else None
+    found = [row["lr"]["all parameters"] for row in history()["epochs"]]
+    assert found == pytest.approx([sum(expected[i : i + 5]) / 5 for i in (0, 5, 10)])
+
+
+def test_the_average_is_validated_and_saved_beside_the_raw_weights(complete):
     for flags in (("--ema_decay", 0.9), ("--swa_start", 1)):
-        assert run(train.main, *TINY, "--epochs", 6, "--lr", 1e-2, *flags).status == 0
-        model, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
+        complete(*TINY, "--epochs", 6, "--lr", 1e-2, *flags)
+        model, checkpoint = load_checkpoint(BEST)
         raw = checkpoint["raw_model_state_dict"]
         assert set(raw) == set(model.state_dict())
         if checkpoint["epoch"] > 1:  # SWA's mean of one epoch is that epoch
             assert not torch.equal(raw["head.weight"], model.head.weight)
         # The accuracy it was saved with is that of the averaged weights.
-        loader = make_loaders(load_digits())[1]
-        top1 = evaluate(model, loader, torch.nn.CrossEntropyLoss(), "cpu")[1]
+        top1 = scores(model, make_loaders(load_digits())[1])[1]
         assert top1 == pytest.approx(checkpoint["best_acc"])
 
 
-# --------------------------------------------------------------------------------------- settings
+def test_from_swa_start_on_only_averages_compete(complete):
+    """The raw model of an earlier epoch is better than all averages, and is kept."""
+    flags = "--train_samples 400 --batch_size 25 --dropout 0 --translate 0 --lr 1e-2 --epochs 6"
+    wild = "LambdaLR('1 if epoch < 4 else 100')"
+    complete(*TINY, *flags.split(), "--swa_start", 5, "--scheduler", wild)
+    rows = history()["epochs"]
+    raw, averages = [row["val_acc"] for row in rows[:4]], [row["val_acc"] for row in rows[4:]]
+    assert max(raw) > max(averages)
+    assert rows[4]["is_best"] and rows[5]["is_best"] == (averages[1] > averages[0])
+    checkpoint, kept = read(BEST), read(BEST.with_name("best_model.raw.pt"))
+    assert checkpoint["best_acc"] == max(averages) and checkpoint["epoch"] >= 5
+    assert kept["best_acc"] == max(raw) and "raw_model_state_dict" not in kept
+    stars = ["yes" if row["is_best"] else "no" for row in rows]
+    assert [row[4] for row in todo_rows()] == stars
+    # It goes with its run where another takes the place.
+    complete(*TINY, "--epochs", 1)
+    (aside,) = (path for path in BEST.parent.iterdir() if path.is_dir())
+    assert (aside / "best_model.raw.pt").exists()
+    assert not BEST.with_name("best_model.raw.pt").exists()
 
 
-def resolved(run, tmp_path, *flags) -> dict:
-    assert run(train.main, *flags, "--train_samples", 30).status == 0
-    return json.loads((tmp_path / "checkpoints" / "history.json").read_text())["settings"]
+# ------------------------------------------------------------------------------------- compiling
 
 
-def test_a_flag_wins_over_the_data_sets_setting_and_that_over_the_recipe(run, tmp_path):
-    flags = "--dataset digits --epochs 1 --batch-size 10 --embed_dim=16".split()
-    settings = resolved(run, tmp_path, *flags)
-    assert (settings["epochs"], settings["batch_size"], settings["embed_dim"]) == (1, 10, 16)
-    assert settings["depth"] == DATASET_SETTINGS["digits"]["depth"] != DEFAULTS["depth"]
-    assert settings["lr"] == DEFAULTS["lr"]
+def test_compiling_counts_as_time_of_the_run_but_not_in_the_rate(complete, monkeypatch):
+    def compile_slowly(model, *_):
+        time.sleep(1)
+        return model
+
+    monkeypatch.setattr(speed, "compile_network", compile_slowly)
+    complete(*TINY, "--epochs", 1)
+    [row] = history()["epochs"]
+    timing = Path("checkpoints/timing_cpu.txt").read_text()
+    assert row["seconds"] >= 1 and f"total_train_time: {row['seconds']:.2f}" in timing
+    assert 100 / row["images_per_second"] <= row["seconds"] - 1
+
+
+@pytest.mark.slow
+def test_compiled_training_learns_the_same(complete):
+    """In fp32 and without dropout, where the order of sums is all that may differ."""
+    losses = []
+    for mode in ("off", "on"):
+        complete(*TINY, *"--epochs=2 --dropout=0 --precision=fp32 --compile".split(), mode)
+        losses.append(history()["epochs"][-1]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_where_compiling_fails_training_goes_on_with_a_note(complete, monkeypatch):
+    def broken(model, **_):
+        def forward(images):
+            raise RuntimeError("no C++ compiler\nfound")
+
+        return forward
+
+    complete(*TINY, "--epochs=1", "--compile", "off")
+    reference = weights()
+    monkeypatch.setattr(torch, "compile", broken)
+    result = complete(*TINY, "--epochs=1", "--compile", "on")
+    assert result.err.startswith("note: torch.compile failed") and result.err.count("\n") == 1
+    assert "no C++ compiler found" in result.err
+    assert_equal(weights(), reference)
+
+
+@needs_cuda
+def test_a_run_on_a_gpu(complete):
+    complete(*QUICK, "--device", "cuda")
+    assert Path("checkpoints/timing_cuda.txt").exists()
+    assert history()["test"]["top1"] > 60
+
+
+# -------------------------------------------------------------------------------------- the data
 
 
 @needs_mnist
-def test_auto_takes_mnist_where_it_is(run, tmp_path):
+def test_auto_takes_mnist_where_it_is(complete):
     flags = f"--epochs 1 --depth 1 --embed_dim 16 --data_dir {MNIST} --train_samples 64"
-    result = run(train.main, *flags.split())
-    assert result.status == 0 and "(mnist)" in result.out
-    assert load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")[1]["dataset"] == "mnist"
+    assert "(mnist)" in complete(*flags.split()).out
+    assert read(BEST)["dataset"] == "mnist"
 
 
-def test_auto_without_mnist_or_network_warns_and_trains_on_the_digits(run, tmp_path, offline):
+def test_auto_without_mnist_or_network_warns_and_trains_on_the_digits(run, complete, offline):
     flags = "--epochs 1 --depth 1 --embed_dim 16 --train_samples 64".split()
-    result = run(train.main, *flags)
-    assert result.status == 0
+    result = complete(*flags)
     assert "WARNING: training on scikit-learn's 8x8 digits, NOT on MNIST" in result.err
     assert "t10k-labels-idx1-ubyte.gz (MD5 ec29112dd5afa0611ce80d1b7f02629c)" in result.err
     assert "(digits)" in result.out
     assert_one_error_line(run(train.main, *flags, "--dataset", "mnist"), "cannot be downloaded")
-    assert not (tmp_path / "mnist").exists()
+    assert not Path("mnist").exists()
+    # Who names a folder gets no other data set than what is in it.
+    assert_one_error_line(
+        run(train.main, *flags, "--data_dir", "mnits"), "mnits/MNIST/raw", "cannot be downloaded"
+    )
+    assert not Path("mnits").exists()
     # Settings that don't fit are told before a download is tried.
     assert_one_error_line(run(train.main, "--patch_size", "5"), "--patch_size 5")
 
 
-def test_who_names_a_folder_gets_no_other_data_set_than_what_is_in_it(run, tmp_path, offline):
-    result = run(train.main, *"--data_dir mnits --epochs 1 --train_samples 64".split())
-    assert_one_error_line(result, "mnits/MNIST/raw", "cannot be downloaded")
-    assert "WARNING" not in result.err and not (tmp_path / "mnits").exists()
+@needs_mnist
+def test_a_truncated_mnist_file_is_an_error_not_a_reason_for_the_digits(run, tmp_path):
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (MNIST / "MNIST" / "raw").glob("*.gz"):
+        content = path.read_bytes()
+        (raw / path.name).write_bytes(content[:-100] if "t10k-images" in path.name else content)
+    result = run(train.main)
+    assert_one_error_line(result, "t10k-images-idx3-ubyte.gz is damaged", "delete it")
+
+
+# ----------------------------------------------------------------------------------------- errors
 
 
 def test_help_groups_the_flags_and_gives_every_default(run):
     text = " ".join(run(train.main, "--help").out.split())
     for heading in ("data:", "recipe", "model:", "machine:", "what is written:"):
         assert heading in text
-    for name, value in DEFAULTS.items():
-        assert re.search(rf"--{name} .*?\(default: {re.escape(str(value))}\)", text), name
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
-def test_a_closed_terminal_costs_nothing(tmp_path):
-    import fcntl
-    import pty
-    import termios
-
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "src" / "train.py", *QUICK, "--epochs", "5000"],
-        cwd=tmp_path,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(theirs)
-    printed = b""
-    while b"Epoch  2/" not in printed:
-        printed += os.read(ours, 10_000)
-    os.close(ours)
-    assert process.wait(60) == 129
-    state = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
-    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
-    assert state["position"]["epoch"] == len(history["epochs"]) >= 2
-    command = [sys.executable, "-u", ROOT / "src" / "train.py", "--resume"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    lines = iter(process.stdout.readline, "")
-    assert any(line.startswith("resumed: ") for line in lines)
-    process.kill()
-    process.communicate()
-
-
-def test_a_reader_who_has_gone_costs_nothing(tmp_path):
-    """As in `train.py | head`."""
-    command = [sys.executable, ROOT / "src" / "train.py", *QUICK, "--epochs", "5000"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("Epoch  1/"):
-            break
-    process.stdout.close()
-    assert process.wait(60) == 141 and "Traceback" not in process.stderr.read()
-    process.stderr.close()
-    last = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
-    assert last["position"]["epoch"] >= 1
-
-
-def test_a_failing_disk_is_not_taken_for_a_closed_terminal(run):
-    def main() -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    with pytest.raises(OSError, match="Input/output error"):
-        run(main)
-
-
-# ----------------------------------------------------------------------------------------- errors
+    for name, flag in FLAGS.items():
+        assert re.search(rf"--{name} .*?\(default: {re.escape(str(flag.default))}\)", text), name
 
 
 @pytest.mark.parametrize(
@@ -459,6 +418,7 @@ def test_a_failing_disk_is_not_taken_for_a_closed_terminal(run):
         ("--mlp_ratio 0.001", "--mlp_ratio 0.001 neuron"),
         ("--embed_dim 1000000000", "--embed_dim '1000000000' at most"),
         ("--num_workers 9999999", "--num_workers"),
+        ("--compile on --grad_accum_steps 2", "--compile on --grad_accum_steps"),
         ("--dataset imagenet", "--dataset imagenet mnist digits"),
         ("--epcohs 3", "--epcohs did you mean --epochs?"),
         ("--epochs", "--epochs expected one argument"),
@@ -482,158 +442,137 @@ def test_wrong_usage_ends_in_one_line_before_anything_is_written(run, tmp_path, 
     assert not list(tmp_path.rglob("history.json")) and not list(tmp_path.rglob("*.tmp*"))
 
 
-@needs_mnist
-def test_a_truncated_mnist_file_is_an_error_not_a_reason_for_the_digits(run, tmp_path):
-    raw = tmp_path / "mnist" / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in (MNIST / "MNIST" / "raw").glob("*.gz"):
-        content = path.read_bytes()
-        (raw / path.name).write_bytes(content[:-100] if "t10k-images" in path.name else content)
-    result = run(train.main)
-    assert_one_error_line(result, "t10k-images-idx3-ubyte.gz is damaged", "delete it")
-
-
-def test_a_loss_that_explodes_ends_the_run_and_keeps_the_best_model(run, tmp_path):
-    assert run(train.main, *TINY, "--epochs", 1).status == 0
-    before = weights(tmp_path)
+def test_a_loss_that_explodes_ends_the_run_and_keeps_the_best_model(run, complete):
+    complete(*TINY, "--epochs", 1)
+    before = BEST.read_bytes()
     flags = "--lr 1e30 --weight_decay 1e30 --grad_clip 0 --epochs 3".split()
-    assert_one_error_line(
-        run(train.main, *TINY, *flags), "of epoch 1 is not finite", "lower learning rate"
-    )
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+    result = run(train.main, *TINY, *flags)
+    assert_one_error_line(result, "of epoch 1 is not finite", "lower learning rate")
+    assert BEST.read_bytes() == before
+
+
+def test_weights_out_of_all_bounds_end_the_run_before_they_are_saved(run):
+    flags = "--optimizer SGD(lr=1e30) --grad_clip 1 --epochs 3 --batch_size 100".split()
+    result = run(train.main, *DESCENT, *flags)
+    assert_one_error_line(result, "out of all bounds after epoch 1", "lower learning rate")
+    assert not LAST.exists() and not BEST.exists()
 
 
 def test_out_of_memory_is_one_line(run):
     assert_one_error_line(run(lambda: torch.empty(2**50)), "out of memory", "--batch_size")
 
 
-@needs_cuda
-def test_a_run_on_a_gpu(run, tmp_path):
-    result = run(train.main, *QUICK, "--device", "cuda")
-    assert result.status == 0
-    assert (tmp_path / "checkpoints" / "timing_cuda.txt").exists()
-    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
-    assert history["test"]["top1"] > 60
-
-
 # ------------------------------------------------------------------------ what was there before
 
 
-def best(folder) -> dict:
-    return torch.load(folder / "best_model.pt", weights_only=True)
-
-
-def test_a_finished_model_of_other_settings_is_kept_with_its_files(run, tmp_path):
-    here = tmp_path / "checkpoints"
-    assert run(train.main, *TINY, "--epochs", 2).status == 0
+def test_a_finished_model_of_other_settings_is_kept_with_its_files(complete):
+    here = BEST.parent
+    complete(*TINY, "--epochs", 2)
     names = ("best_model.pt", "history.json", "timing_cpu.txt")
     before = {name: (here / name).read_bytes() for name in names}
-    result = run(train.main, *TINY, "--epochs", 1)
-    assert result.status == 0
+    result = complete(*TINY, "--epochs", 1)
     (aside,) = (path for path in here.iterdir() if path.is_dir())
     assert {name: (aside / name).read_bytes() for name in names} == before
     (line,) = (line for line in result.out.splitlines() if line.startswith("kept: "))
-    assert f"{aside.name}/best_model.pt" in line and f"{best(aside)['best_acc']:.2f} %" in line
-    assert len(json.loads((here / "history.json").read_text())["epochs"]) == 1
+    assert f"{aside.name}/best_model.pt" in line
+    assert f"{read(aside / 'best_model.pt')['best_acc']:.2f} %" in line
+    assert len(history()["epochs"]) == 1
     # The same settings once more: that model comes out again.
-    assert "kept: " not in run(train.main, *TINY, "--epochs", 1).out
+    assert "kept: " not in complete(*TINY, "--epochs", 1).out
     # A second one, made in the same second, and one that isn't ours.
-    result = run(train.main, *TINY, "--epochs", 2)
-    assert "kept: " in result.out
-    (here / "best_model.pt").write_bytes(b"mine")
-    result = run(train.main, *TINY, "--epochs", 1)
-    assert "kept:     a best model of unknown settings" in result.out
+    assert "kept: " in complete(*TINY, "--epochs", 2).out
+    BEST.write_bytes(b"mine")
+    assert "kept:     a best model of unknown settings" in complete(*TINY, "--epochs", 1).out
     assert sorted(len(list(p.iterdir())) for p in here.iterdir() if p.is_dir()) == [3, 3, 3]
     assert b"mine" in [path.read_bytes() for path in here.rglob("best_model.pt")]
 
 
-def test_a_run_that_moves_to_another_folder_keeps_the_model_there(run, tmp_path):
+def test_a_run_that_moves_to_another_folder_keeps_the_model_there(complete):
     for name, epochs in (("here", 1), ("there", 2)):
-        assert run(train.main, *TINY, "--epochs", epochs, "--save_dir", name).status == 0
-    flags = ["--resume", "here/last.pt", "--save_dir", "there", "--epochs", 3]
-    result = run(train.main, *flags)
-    assert result.status == 0 and "kept: " in result.out
-    (aside,) = (path for path in (tmp_path / "there").iterdir() if path.is_dir())
-    assert best(aside)["settings"]["epochs"] == 2
-    told = [json.loads((tmp_path / p / "history.json").read_text()) for p in ("here", "there")]
+        complete(*TINY, "--epochs", epochs, "--save_dir", name)
+    result = complete("--resume", "here/last.pt", "--save_dir", "there", "--epochs", 3)
+    assert "kept: " in result.out
+    (aside,) = (path for path in Path("there").iterdir() if path.is_dir())
+    other = read(aside / "best_model.pt")
+    assert other["settings"]["epochs"] == 2
     # A run that is extended stays the same run, for the report.
-    assert told[0]["fingerprint"] == told[1]["fingerprint"] != best(aside)["fingerprint"]
-
-
-def test_from_swa_start_on_only_averages_compete(run, tmp_path):
-    """The raw model of an earlier epoch is better than all averages, and is kept."""
-    wild = "LambdaLR('1 if epoch < 4 else 100')"
-    flags = [*TINY, "--epochs", 6, "--swa_start", 5, "--scheduler", wild, "--lr", 1e-2]
-    assert run(train.main, *flags).status == 0
-    rows = json.loads((tmp_path / "checkpoints" / "history.json").read_text())["epochs"]
-    raw, averages = [row["val_acc"] for row in rows[:4]], [row["val_acc"] for row in rows[4:]]
-    assert max(raw) > max(averages)
-    assert rows[4]["is_best"] and rows[5]["is_best"] == (averages[1] > averages[0])
-    checkpoint = best(tmp_path / "checkpoints")
-    assert checkpoint["best_acc"] == max(averages) and checkpoint["epoch"] >= 5
-    kept = torch.load(tmp_path / "checkpoints" / "best_model.raw.pt", weights_only=True)
-    assert kept["best_acc"] == max(raw) and "raw_model_state_dict" not in kept
-    stars = [row.split("|")[5].strip() for row in todo_rows(tmp_path)]
-    assert stars == ["yes" if row["is_best"] else "no" for row in rows]
-    # It goes with its run where another takes the place.
-    assert run(train.main, *TINY, "--epochs", 1).status == 0
-    (aside,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
-    assert (aside / "best_model.raw.pt").exists()
-    assert not (tmp_path / "checkpoints" / "best_model.raw.pt").exists()
-
-
-def test_the_schedule_moves_with_every_step(run, tmp_path):
-    """A run's rates are those of PyTorch's own OneCycleLR, called once a step."""
-    flags = [*TINY, "--epochs", 3, "--batch_size", 20, "--scheduler", "onecycle", "--lr", 0.01]
-    assert run(train.main, *flags, "--optimizer", "SGD(momentum=0.9)").status == 0
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=15)
-    expected = []
-    for _ in range(15):
-        expected.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step() if len(expected) < 15 else None
-    rows = json.loads((tmp_path / "checkpoints" / "history.json").read_text())["epochs"]
-    found = [row["lr"]["all parameters"] for row in rows]
-    assert found == pytest.approx([sum(expected[i : i + 5]) / 5 for i in (0, 5, 10)])
+    fingerprint = history("there")["fingerprint"]
+    assert history("here")["fingerprint"] == fingerprint != other["fingerprint"]
 
 
 # ----------------------------------------------------------------------------------------- stopping
 
 
-def test_ctrl_c_in_the_first_epoch_leaves_an_earlier_runs_results(run, tmp_path, monkeypatch):
-    assert run(train.main, *TINY, "--epochs", 1).status == 0
+def test_ctrl_c_in_the_first_epoch_leaves_an_earlier_runs_results(run, complete, monkeypatch):
+    complete(*TINY, "--epochs", 1)
     names = ("best_model.pt", "history.json", "training_curves.png", "TODO.md")
-    before = {path: path.read_bytes() for name in names for path in tmp_path.rglob(name)}
+    before = {path: path.read_bytes() for name in names for path in Path().rglob(name)}
 
     def interrupted(*_) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train.optim.WeightAverage, "step_batch", interrupted)
+    monkeypatch.setattr(train.WeightAverage, "step_batch", interrupted)
     result = run(train.main, *TINY, "--epochs", 9)
     assert result.status == 130 and "after 0 of 9 epochs and 1 steps, all saved" in result.err
     assert len(before) == 4 and {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_ctrl_c_leaves_model_history_and_todo_consistent(tmp_path):
-    command = [sys.executable, "-u", ROOT / "src" / "train.py", *QUICK, "--epochs", "500"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("Epoch  2/"):
-            time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            break
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert re.fullmatch(r"stopped by SIGINT after (\d+) of 500 epochs .*--resume.*\n", err), err
-    history = json.loads((tmp_path / "checkpoints" / "history.json").read_text())
-    finished = len(history["epochs"])
-    assert finished >= 2 and f"after {finished} of" in err and history["test"] is None
-    assert sum("done" in row for row in todo_rows(tmp_path)) == finished
-    best = max(history["epochs"], key=lambda row: row["val_acc"])
-    _, checkpoint = load_checkpoint(tmp_path / "checkpoints" / "best_model.pt")
+@posix
+def test_ctrl_c_leaves_model_history_and_todo_consistent(start, folder):
+    here = folder("run")
+    process = start(here, [*TINY, "--epochs", 5000])
+    while not Path("out.txt").exists() or "Epoch  2/" not in Path("out.txt").read_text():
+        assert process.is_alive(), Path("err.txt").read_text()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    error = Path("err.txt").read_text()
+    assert re.fullmatch(r"stopped by SIGINT after (\d+) of 5000 epochs .*--resume.*\n", error)
+    told = history()
+    finished = len(told["epochs"])
+    assert finished >= 2 and f"after {finished} of" in error and told["test"] is None
+    assert sum("done" in row for row in todo_rows()) == finished
+    best = max(told["epochs"], key=lambda row: row["val_acc"])
+    checkpoint = load_checkpoint(BEST)[1]
     assert (checkpoint["epoch"], checkpoint["best_acc"]) == (best["epoch"], best["val_acc"])
-    assert not list(tmp_path.rglob("*.tmp*"))
+    assert not list(here.rglob("*.tmp*"))
+
+
+@posix
+def test_a_closed_terminal_costs_nothing(start, folder):
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = start(folder("run"), [*TINY, "--epochs", 5000], output=os.ttyname(theirs))
+    printed = b""
+    while b"Epoch  2/" not in printed:
+        printed += os.read(ours, 10_000)
+    os.close(theirs)
+    os.close(ours)
+    process.join(60)
+    assert process.exitcode == 129
+    state = read_run_state(LAST)
+    assert state["position"]["epoch"] == len(history()["epochs"]) >= 2
+
+
+@posix
+def test_a_reader_who_has_gone_costs_nothing(start, folder):
+    """As in `train.py | head`."""
+    here = folder("run")
+    os.mkfifo("pipe")
+    process = start(here, [*TINY, "--epochs", 5000], output=str(here / "pipe"))
+    with open("pipe") as reader:
+        while not reader.readline().startswith("Epoch  1/"):
+            assert process.is_alive()
+    process.join(60)
+    assert process.exitcode == 141 and Path("err.txt").read_text() == ""
+    assert read(LAST)["position"]["epoch"] >= 1
+
+
+def test_a_failing_disk_is_not_taken_for_a_closed_terminal(run):
+    def main() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        run(main)

@@ -80,7 +80,7 @@ class RunFiles:
             "recipe": options.recipe,
             **asdict(self.settings),
             # A rate or decay in the call itself wins over the flags': tell what is really used.
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": optimizer.base_lr,
             "weight_decay": optimizer.param_groups[0].get("weight_decay"),
             "optimizer": optimizer.text,
             "scheduler": self.schedule.text,

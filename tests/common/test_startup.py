@@ -1,4 +1,4 @@
-"""What happens before PyTorch is imported: the environment, the cores there are, Ctrl-C."""
+"""What happens before PyTorch is imported: flags, the environment, the cores there are, Ctrl-C."""
 
 import os
 import signal
@@ -6,26 +6,27 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_one_error_line, posix
 
 from common import startup
 
 SCRIPTS = [ROOT / "src" / f"{name}.py" for name in ("train", "inference", "demo", "optim")]
 BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "report")
-OURS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "RANK")
-# Runs a script up to its first import of something large, and prints the environment there.
-UP_TO_PYTORCH = """
+NEEDED = {"optim.py": ["--list"]}  # flags without which a script does nothing
+THREADS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+OURS = (*THREADS, "LOCAL_WORLD_SIZE", "RANK")
+# Runs a script up to its first import of something large, and prints the first three there.
+UP_TO_PYTORCH = f"""
 import os, runpy, sys
-names, sys.argv = sys.argv[1:], sys.argv[:1]
 class Watch:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "torchvision", "numpy", "scipy", "sklearn"):
-            print(*map(os.environ.get, names), flush=True)
+            print(*(os.environ.get(name) for name in {THREADS}), flush=True)
             os._exit(0)
 sys.meta_path.insert(0, Watch())
-script = sys.stdin.read()
-sys.path[:0] = [os.path.dirname(script), "src"]
-runpy.run_path(script, run_name="__main__")
+del sys.argv[0]
+sys.path[:0] = [os.path.dirname(sys.argv[0]), "src"]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -33,46 +34,55 @@ def environment(**given: str) -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name not in OURS}, **given}
 
 
-def at_pytorchs_import(script, *names: str, **given: str) -> list[str]:
-    command = [sys.executable, "-c", UP_TO_PYTORCH, *names]
+def up_to_pytorch(script, *flags: str, **given: str) -> subprocess.CompletedProcess:
+    flags = flags or NEEDED.get(script.name, [])
     done = subprocess.run(
-        command,
-        input=str(script),
+        [sys.executable, "-c", UP_TO_PYTORCH, script, *flags],
         cwd=ROOT,
         env=environment(**given),
         capture_output=True,
         text=True,
-        check=True,
     )
-    return done.stdout.split()
+    done.status, done.out, done.err = done.returncode, done.stdout, done.stderr
+    return done
+
+
+def threads_at_import(script, **given: str) -> list[str]:
+    """The variables of THREADS when `script` imports PyTorch."""
+    done = up_to_pytorch(script, **given)
+    assert done.status == 0, done.err
+    return done.out.split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_flags_are_answered_before_pytorch_is_imported(script):
+    shown = up_to_pytorch(script, "--help")
+    assert shown.status == 0 and shown.out.startswith("usage: ") and shown.err == ""
+    assert_one_error_line(up_to_pytorch(script, "--devise", "cpu"), "unknown argument --devise")
+
+
+def test_values_of_flags_are_checked_before_pytorch_is_imported():
+    result = up_to_pytorch(SCRIPTS[0], "--epochs", "0")
+    assert_one_error_line(result, "--epochs: '0' given", "at least 1")
 
 
 @pytest.mark.parametrize(
     "script", [*SCRIPTS, *BENCHMARKS, ROOT / "tests" / "conftest.py"], ids=lambda path: path.name
 )
 def test_the_spin_count_is_set_before_anything_with_threads_is_imported(script):
-    assert at_pytorchs_import(script, "GOMP_SPINCOUNT") == [str(startup.SPIN_COUNT)]
+    assert threads_at_import(script)[0] == str(startup.SPIN_COUNT)
 
 
-def test_what_the_user_has_set_stays():
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+def test_what_the_user_has_set_stays_and_processes_share_the_cores():
+    ours = str(startup.SPIN_COUNT)
     for given, found in (
         ({"GOMP_SPINCOUNT": "7"}, ["7", "None", "None"]),
         ({"OMP_WAIT_POLICY": "passive"}, ["None", "passive", "None"]),
-        (
-            {"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "2"},
-            [str(startup.SPIN_COUNT), "None", "3"],
-        ),
+        ({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "2"}, [ours, "None", "3"]),
+        ({"LOCAL_WORLD_SIZE": "2"}, [ours, "None", str(max(1, startup.cores() // 2))]),
+        ({"LOCAL_WORLD_SIZE": "1000"}, [ours, "None", "1"]),
     ):
-        assert at_pytorchs_import(SCRIPTS[0], *names, **given) == found
-
-
-def test_processes_share_the_cores():
-    one = max(1, startup.cores() // 2)
-    found = at_pytorchs_import(SCRIPTS[0], "OMP_NUM_THREADS", LOCAL_WORLD_SIZE="2")
-    assert found == [str(one)]
-    found = at_pytorchs_import(SCRIPTS[0], "OMP_NUM_THREADS", LOCAL_WORLD_SIZE="1000")
-    assert found == ["1"]
+        assert threads_at_import(SCRIPTS[0], **given) == found
 
 
 # ---- cores --------------------------------------------------------------------------------------
@@ -162,7 +172,7 @@ def importing(tmp_path):
         for name in ("torch", "numpy"):
             (tmp_path / f"{name}.py").write_text(SLOW.format(seconds))
         process = subprocess.Popen(
-            [sys.executable, script],
+            [sys.executable, script, *NEEDED.get(script.name, [])],
             env=environment(PYTHONPATH=str(tmp_path), **options.pop("env", {})),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -175,24 +185,18 @@ def importing(tmp_path):
     return start
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@posix
 @pytest.mark.parametrize("script", [*SCRIPTS, BENCHMARKS[0]], ids=lambda path: path.name)
 def test_ctrl_c_while_pytorch_is_imported_ends_in_one_line(importing, script):
-    process = importing(script, 60)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (130, "interrupted\n")
+    """Of the first, where there are several processes."""
+    for rank, line in (("0", "interrupted\n"), ("1", "")):
+        process = importing(script, 60, env={"RANK": rank})
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+        assert (process.returncode, errors) == (130, line)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_of_several_processes_the_first_says_so(importing):
-    process = importing(SCRIPTS[0], 60, env={"RANK": "1"})
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (130, "")
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@posix
 def test_ctrl_c_that_is_ignored_stays_ignored(importing):
     def ignore() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -207,13 +211,14 @@ def test_the_tests_own_ctrl_c_is_left_alone():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+@posix
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_who_has_gone_leaves_no_traceback(unbuffered):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, ROOT / "src" / "optim.py", "--list"],
+        [sys.executable, "-c", "from common import cli; cli.run(lambda: print('line'))"],
+        cwd=ROOT / "src",
         env=environment(PYTHONUNBUFFERED=unbuffered),
         stdout=writer,
         stderr=subprocess.PIPE,

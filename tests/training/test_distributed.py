@@ -1,6 +1,5 @@
 """Several processes train as one: the same gradients, exact metrics, one that dies ends all."""
 
-import json
 import os
 import re
 import signal
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_DIGITS, assert_one_error_line, launch
-from test_resume import read
+from conftest import TINY_DIGITS, assert_one_error_line, history, launch, read
 
 import train
 from common import distributed
-from common.distributed import World
+from common.distributed import StopBroadcast, World
 from common.errors import UserError
 from data.digits import load_digits
+from training.resume import load_last
 from utils import make_loaders
 
 # One step of plain gradient descent on 70 images: the weights' change is the gradient.
@@ -28,11 +27,14 @@ ONE_STEP += "--optimizer SGD(lr=1) --dropout 0 --rotate 0 --translate 0".split()
 ONE_STEP += "--precision fp32 --grad_clip 0".split()
 
 
+LAST = Path("checkpoints/last.pt")
+
+
 @pytest.fixture
 def together(start):
-    """together(count, folder, flags): train there with so many processes, to the end."""
+    """together(count, folder, flags, status=0): train there with so many processes, to the end."""
 
-    def train_together(count: int, folder: Path, *flags: object) -> None:
+    def train_together(count: int, folder: Path, *flags: object, status: int = 0) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -44,7 +46,7 @@ def together(start):
             processes.append(start(folder, flags, place))
         for rank, process in enumerate(processes):
             process.join(120)
-            assert process.exitcode == 0, (folder / f"err{rank}.txt").read_text()
+            assert process.exitcode == status, (folder / f"err{rank}.txt").read_text()
 
     return train_together
 
@@ -81,55 +83,58 @@ def test_every_image_is_in_one_process_and_the_batch_is_the_same():
         assert sum(loaders[0].size_of(step) for step in range(3)) == 250
 
 
-def test_gradients_are_those_of_one_process(run, folder, together):
+def test_gradients_are_those_of_one_process(complete, folder, together):
     """Also in parts, one after the other, and where 3 processes share 70 images unevenly."""
     folder("alone")
-    assert run(train.main, *ONE_STEP).status == 0
-    expected = read(Path("checkpoints/last.pt"))["model_state_dict"]
+    complete(*ONE_STEP)
+    expected = read(LAST)["model_state_dict"]
     largest = max(tensor.abs().max().item() for tensor in expected.values())
     for count, parts in ((1, 4), (2, 1), (3, 2)):
         here = folder(f"{count}x{parts}")
         if count == 1:
-            assert run(train.main, *ONE_STEP, "--grad_accum_steps", parts).status == 0
+            complete(*ONE_STEP, "--grad_accum_steps", parts)
         else:
             together(count, here, *ONE_STEP, "--grad_accum_steps", parts)
             assert f"{count} processes" in Path("out0.txt").read_text()
             assert Path("out1.txt").read_text() == "" == Path("err1.txt").read_text()
-        found = read(Path("checkpoints/last.pt"))["model_state_dict"]
+        found = read(LAST)["model_state_dict"]
         for name in expected:
             assert (found[name] - expected[name]).abs().max() <= 1e-6 * max(largest, 1)
 
 
 def test_checkpoints_move_between_one_and_two_processes_and_metrics_are_exact(
-    run, folder, together
+    complete, folder, together
 ):
     here = folder("run")
     flags = [*TINY_DIGITS, "--train_samples", 200, "--batch_size", 30, "--lr", 1e-2]
     together(2, here, *flags, "--epochs", 3, "--ema_decay", 0.9)
-    history = Path("checkpoints/history.json")
-    of_two = json.loads(history.read_text())
-    assert of_two["processes"] == 2 and len(read(Path("checkpoints/last.pt"))["random"]) == 2
+    of_two = history()
+    assert of_two["processes"] == 2 and len(read(LAST)["random"]) == 2
     # Nothing is left to train: the same model is scored by one process.
-    assert run(train.main, "--resume").status == 0
-    assert json.loads(history.read_text())["test"] == of_two["test"]
-    assert run(train.main, "--resume", "--epochs", 4).status == 0
+    complete("--resume")
+    assert history()["test"] == of_two["test"]
+    complete("--resume", "--epochs", 4)
     together(2, here, "--resume", "--epochs", 5)
-    rows = json.loads(history.read_text())["epochs"]
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["epoch"] for row in history()["epochs"]] == [1, 2, 3, 4, 5]
 
 
+def test_wrong_usage_is_told_once(folder, together):
+    together(2, folder("run"), *TINY_DIGITS, "--warmup_epochs", 500, status=2)
+    told = Path("err0.txt").read_text()
+    assert told.startswith("error: --warmup_epochs 500") and told.count("\n") == 1
+    assert Path("err1.txt").read_text() == ""
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_one_that_dies_ends_the_others_and_ctrl_c_stops_all_in_one_step(folder):
     folder("run")
     flags = [*TINY_DIGITS, "--batch_size", 30, "--epochs", 10**5, "--save_every_steps", 5]
     for number in (signal.SIGKILL, signal.SIGINT):
-        last = Path("checkpoints/last.pt")
-        before = last.stat().st_mtime_ns if last.exists() else 0
-        process = launch(2, *(["--resume"] if before else flags))
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and (
-            not last.exists() or last.stat().st_mtime_ns == before
-        ):
+        before = LAST.stat().st_mtime_ns if LAST.exists() else 0
+        process = launch(2, *(flags if number == signal.SIGKILL else ["--resume"]))
+        while not LAST.exists() or LAST.stat().st_mtime_ns == before:
+            assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         addresses = {address for child in children for address in listening(int(child))}
@@ -146,16 +151,7 @@ def test_one_that_dies_ends_the_others_and_ctrl_c_stops_all_in_one_step(folder):
         else:
             assert process.returncode == 130
             assert len(re.findall(r"^stopped by SIGINT after ", errors, re.MULTILINE)) == 1
-        assert read(last)["position"]["epoch"] >= 0
-
-
-def test_wrong_usage_is_told_once(folder):
-    folder("run")
-    process = launch(2, "--resume", "--epochs", 3)
-    _, errors = process.communicate(timeout=60)
-    lines = [line for line in errors.splitlines() if not line.startswith("launch: ")]
-    assert process.returncode == 2 and len(lines) == 1
-    assert "there is no checkpoints/last.pt to resume" in lines[0]
+        load_last(LAST.parent)  # what is there is whole
 
 
 def meet(rank: int, store: str) -> None:
@@ -169,12 +165,15 @@ def meet(rank: int, store: str) -> None:
     assert world.all(torch.tensor(True)) and not world.all(torch.tensor(False))
     assert world.sum(torch.tensor([rank + 1.0])).item() == 3
     assert world.share(rank) == 0 and world.gather(rank) == [0, 1]
+    stop = StopBroadcast(world)
+    assert [stop.after_step(rank * number) for number in (0, 15, 0, 0)] == [0, 0, 15, 0]
     torch.distributed.destroy_process_group()
 
 
-def test_what_one_process_tells_reaches_all(tmp_path):
-    """A step that is bad in one process is bad in all."""
-    torch.multiprocessing.spawn(meet, (str(tmp_path / "store"),), nprocs=2)
+def test_what_one_process_tells_reaches_all(tmp_path, start):
+    """A step that is bad in one process is bad in all, and a stop is a stop of all."""
+    store = str(tmp_path / "store")
+    torch.multiprocessing.start_processes(meet, (store,), nprocs=2, start_method="forkserver")
 
 
 def test_places_that_make_no_sense_are_refused(monkeypatch, run):

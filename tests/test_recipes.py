@@ -1,0 +1,120 @@
+"""Settings: one field a flag; what a file says of them is checked as the command line is."""
+
+from dataclasses import asdict, replace
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import ROOT
+
+from common.errors import UserError
+from recipes import (
+    DATASET_SETTINGS,
+    FLAGS,
+    RECIPES,
+    Options,
+    Settings,
+    fingerprint,
+    from_stored,
+    parse_args,
+    resolve,
+    to_stored,
+)
+
+SETTINGS = asdict(Settings())
+STORED = [name for name, flag in FLAGS.items() if flag.metadata["stored"]]
+NOTHING = object()
+
+
+def stored(**changes) -> dict:
+    """What a checkpoint tells of a run, with changes by name; NOTHING: left out."""
+    run = to_stored(Options(), Settings(), "mnist")
+    for name, value in changes.items():
+        place = run["settings"] if name in SETTINGS else run
+        place[name] = value
+        if value is NOTHING:
+            del place[name]
+    return run
+
+
+def outcome(read) -> object:
+    try:
+        return read()
+    except (UserError, ValueError):
+        return "refused"
+
+
+def test_what_is_stored_is_read_again():
+    options = Options(seed=7, train_samples=50, precision="fp32")
+    settings = resolve("best", "digits", {"swa_lr": 1e-3, "swa_start": 3})
+    run = to_stored(options, settings, "digits")
+    assert from_stored(run) == (replace(options, dataset="digits"), asdict(settings))
+    assert not {"device", "save_dir", "resume"} & run.keys()  # a machine's, not the run's
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_stored_value_is_checked_like_its_flag(name):
+    def from_file(value: object) -> object:
+        options, settings = from_stored(stored(**{name: value}))
+        return {**vars(options), **settings}[name]
+
+    for value in ([], {}, (1,), b"1", 1j, torch.ones(1), object()):
+        assert outcome(lambda value=value: from_file(value)) == "refused", value
+    default = FLAGS[name].default
+    assert (
+        from_file(True) is True
+        if default is False
+        else outcome(lambda: from_file(True)) == "refused"
+    )
+    assert outcome(lambda: from_file(None)) == (None if default is None else "refused")
+    for text in "0 1 3 -1 0.5 1e-3 nan inf 1e999 9999999999 mnist best step max x".split():
+        found = outcome(lambda text=text: from_file(text))
+        if default is False:
+            assert found == "refused"
+        else:
+            expected = outcome(lambda text=text: parse_args([f"--{name}={text}"])[1][name])
+            assert found == expected and type(found) is type(expected), text
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_setting_from_before_there_was_one_is_off_and_an_option_must_be_there(name):
+    if name in SETTINGS:
+        _, settings = from_stored(stored(**{name: NOTHING}))
+        is_strength = FLAGS[name].metadata["section"] == "augmentation"
+        assert settings == SETTINGS | {name: 0.0 if is_strength else SETTINGS[name]}
+    else:
+        with pytest.raises(KeyError):
+            from_stored(stored(**{name: NOTHING}))
+
+
+def test_flags_win_over_the_data_set_that_over_the_recipe_and_that_over_the_defaults():
+    settings = resolve("fast", "digits", {"depth": 3, "seed": 1})
+    assert (settings.depth, settings.batch_size, settings.num_heads, settings.patch_size) == (
+        3,
+        DATASET_SETTINGS["digits"]["batch_size"],
+        RECIPES["fast"]["num_heads"],
+        Settings.patch_size,
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ('"epochs": 6,', '"epochs": 0,', "its epochs: '0' given, expected a whole number"),
+        ('"epochs": 6,', '"epohcs": 6,', "epohcs"),
+        ('"pool": "mean",', '"pool": "max",', "its pool is none of cls, mean"),
+    ],
+)
+def test_a_recipe_that_flags_could_not_say_is_refused_on_import(old, new, error):
+    source = (ROOT / "src" / "recipes.py").read_text()
+    assert old in source
+    with pytest.raises((ValueError, KeyError), match=error):
+        exec(source.replace(old, new), ModuleType("recipes").__dict__)
+
+
+def test_runs_have_one_fingerprint_whatever_machine_they_are_on():
+    ours = fingerprint(stored())
+    assert fingerprint(stored(num_workers=2, precision="fp32", save_every_steps=3)) == ours
+    others = {"seed": 1, "lr": 0.5, "train_samples": 9, "dataset": "digits", "recipe": "best"}
+    different = {fingerprint(stored(**{name: value})) for name, value in others.items()}
+    assert len(different | {ours}) == 6
