@@ -59,7 +59,8 @@ def build_optimizer(
     takes the packed projection for query, key and value as three; all else is AdamW's, with `lr`
     and `weight_decay`.
 
-    The optimizer's `text` is the call with what was filled in, for Muon with AdamW's beside it.
+    The optimizer's `text` is the call with what was filled in, for Muon with AdamW's beside it; its
+    `base_lr` the first group's rate, before a schedule changes it.
 
     Raises:
         UserError: `text` is no call of a known optimizer, or the optimizer refuses its arguments.
@@ -88,7 +89,7 @@ def build_optimizer(
             optimizer = MuonWithAdamW(groups, muon=arguments, adamw=adamw)
         else:
             optimizer = call.cls(groups, **arguments)
-    optimizer.text = str(call)
+    optimizer.text, optimizer.base_lr = str(call), optimizer.param_groups[0]["lr"]
     if is_muon:
         optimizer.text += f" on the blocks' matrices, AdamW({lr=}, {weight_decay=}) on the rest"
     return optimizer
