@@ -249,7 +249,7 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / ".last.123.tmp.pt").write_bytes(b"half")
     (tmp_path / ".note").write_text("mine")
     with lock_folder(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".note"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock.pid", ".note"]
 
 
 def test_a_damaged_save_is_told_by_its_checksum_and_the_one_before_serves(run, complete, folder):
