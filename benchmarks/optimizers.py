@@ -14,7 +14,7 @@ from common import cli
 from common.device import choose_device
 from common.errors import UserError
 
-# The call, and the flags that differ from the common ones.
+# The call, and the flags that it needs beside COMMON.
 OPTIMIZERS: list[tuple[str, list[str]]] = [
     ("AdamW(lr=1e-3)", []),
     ("AdamW(lr=5e-4, do_bias_correction=False)", []),

@@ -51,8 +51,8 @@ def build_optimizer(
     """The optimizer that `text` calls for, on the parameters of `model`.
 
     `lr` and `weight_decay` are used where the text does not set them and the optimizer has them.
-    `head_lr` is the rate of the parameters under `head.`; `no_decay` spares biases, norms, CLS
-    token and position embedding the weight decay. Where there are several groups, each has its
+    `head_lr` is the rate of the parameters under `head.`; `no_decay` exempts biases, norms, CLS
+    token and position embedding from weight decay. Where there are several groups, each has its
     `name`.
 
     Muon gets the weight matrices under `blocks.`, with a rate of 0.02 where the text sets none, and
@@ -63,7 +63,7 @@ def build_optimizer(
     `base_lr` the first group's rate, before a schedule changes it.
 
     Raises:
-        UserError: `text` is no call of a known optimizer, or the optimizer refuses its arguments.
+        UserError: `text` is not a call of a known optimizer, or this refuses its arguments.
     """
     call = parse_call(text, OPTIMIZERS)
     _refuse_misuse(call, head_lr, no_decay)
@@ -216,7 +216,7 @@ def check_calls(
         given: the flags that were given by hand, by name: those of a recipe may be idle.
 
     Raises:
-        UserError: a text is no call of a known class, or a flag would be dropped; it says why.
+        UserError: a text is not a call of a known class, or a flag would have no effect.
     """
     calls = {}
     for flag, text, classes in (

@@ -42,7 +42,7 @@ from common.errors import UserError
 from common.progress import TODO_HEADER, TODO_HEADING, reset_todo_md, update_todo_md
 from data.mnist import MNIST_FILES, load_mnist
 from deploy import digit_image
-from optimizers import calls
+from optimizers import calls, gallery
 from optimizers.calls import OPTIMIZERS, SCHEDULERS, parse_call
 from saving.checkpoint import load_checkpoint
 from vit_model import ViT
@@ -841,7 +841,7 @@ def fitting_call(classes: calls.Classes) -> st.SearchStrategy[str]:
 
 
 SYMBOLS = st.text(alphabet="()[]{}'\"\\,=*-+/%~@.: \n\0019eAxλ", max_size=60)
-GALLERY = st.sampled_from([text for text, _ in optim.GALLERY])
+GALLERY = st.sampled_from([text for text, _ in gallery.GALLERY])
 TEXTS = (
     fitting_call(OPTIMIZERS)
     | fitting_call(SCHEDULERS)

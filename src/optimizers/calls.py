@@ -53,7 +53,8 @@ SHORT_NAMES = {
     "chained": "ChainedScheduler",
 }  # and every name without its LR: onecycle, cyclic, step, linear, ...
 
-MAX_TEXT = 4000  # characters; longer, deeper or larger is no setting of a training run
+A_CALL = "a call such as SGD(momentum=0.9) or StepLR(step_size=5)"
+MAX_TEXT = 4000  # characters; no setting of a training run is longer, deeper or larger
 MAX_DEPTH = 20  # of brackets
 MAX_LEVELS = 100  # of the syntax tree, in which a sum has one for each term
 MAX_NUMBER = 1e100
@@ -97,7 +98,7 @@ def _evaluate(node: ast.expr, names: Mapping[str, float] = CONSTANTS) -> float:
     """The value of an arithmetic expression with these `names`.
 
     Raises:
-        UserError: it is anything else, or its value is no finite real number.
+        UserError: it is anything else, or its value is not a finite real number.
     """
 
     def value(node: ast.expr) -> float:
@@ -121,11 +122,11 @@ def _evaluate(node: ast.expr, names: Mapping[str, float] = CONSTANTS) -> float:
             result = FUNCTIONS[name](*map(value, args))
         case _:
             raise UserError(
-                f"{_short(ast.unparse(node))} is no value; known are numbers, arithmetic, "
+                f"{_short(ast.unparse(node))} is not a value; known are numbers, arithmetic, "
                 f"{', '.join([*names, *FUNCTIONS])}"
             )
     if isinstance(result, complex) or not abs(result) < MAX_NUMBER:
-        raise UserError(f"{_short(ast.unparse(node))} is no finite real number")
+        raise UserError(f"{_short(ast.unparse(node))} is not a finite real number")
     return result
 
 
@@ -191,9 +192,7 @@ def _parse(text: str) -> ast.expr:
             warnings.simplefilter("ignore")
             tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(
-            f"{_short(text)!r} is no call such as SGD(momentum=0.9) or StepLR(step_size=5)"
-        ) from None
+        raise UserError(f"{_short(text)!r} is not {A_CALL}") from None
     level = [tree]
     for _ in range(MAX_LEVELS):
         level = [child for node in level for child in ast.iter_child_nodes(node)]
@@ -209,7 +208,7 @@ def parse_call(text: str, classes: Classes) -> Call:
     Of two classes with the same name, the first that has all the arguments is taken.
 
     Raises:
-        UserError: the text is no such call, its name is not known (the message begins with the
+        UserError: the text is not such a call, its name is not known (the message begins with the
             nearest ones), or an argument is not in the signature or of another type.
     """
     try:
@@ -225,8 +224,7 @@ def _read_call(node: ast.expr, classes: Classes) -> Call:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
             pass
         case _:
-            text = _short(ast.unparse(node))
-            raise UserError(f"{text!r} is no call such as SGD(momentum=0.9) or StepLR(step_size=5)")
+            raise UserError(f"{_short(ast.unparse(node))!r} is not {A_CALL}")
     candidates = _find(name, classes)
     values = [_read_value(arg, classes) for arg in args]
     named = {keyword.arg: _read_value(keyword.value, classes) for keyword in keywords}

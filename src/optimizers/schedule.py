@@ -77,7 +77,7 @@ def build_scheduler(
             first group's rate goes to k times `swa_lr`.
 
     Raises:
-        UserError: `text` is no call of a known schedule, or it does not fit the run or the
+        UserError: `text` is not a call of a known schedule, or it does not fit the run or the
             optimizer.
     """
     call = parse_call(text, SCHEDULERS)
@@ -144,7 +144,7 @@ class Schedule:
     averaging; without the first and the last where none is asked for.
 
     After every batch call `step_batch()`, after every epoch `step_epoch(val_loss)`. A checkpoint
-    holds the position alone, as plain numbers; loading goes there again from the start. So all
+    holds the position alone, as plain numbers; loading replays the run up to there. So all
     schedules are restored exactly, and a run can be resumed with more epochs.
     """
 
@@ -165,7 +165,7 @@ class Schedule:
         ]
         self._val_losses: list[float | None] = []
         self._batch = 0
-        # Which refuses what would fail in the run; a longer text is more work at each change.
+        # Refuses what would fail in the run. The longer the text, the more work each change is.
         self.rates(limit=MAX_REHEARSAL * 200 // max(200, len(self.text)))
 
     def __str__(self) -> str:
@@ -210,7 +210,7 @@ class Schedule:
             self._annealing = True
 
     def _warm_up(self) -> None:
-        """From 1/n of the schedule's first rates in the first of n batches to these in the last."""
+        """In the i-th of n batches, i/n of the schedule's first rates."""
         n = self.warmup_epochs * self.steps_per_epoch
         share = min(1.0, (self._epoch * self.steps_per_epoch + self._batch + 1) / n)
         for group, rate in zip(self.optimizer.param_groups, self._first_rates, strict=True):
