@@ -25,7 +25,7 @@ from analysis.report import calibration_errors, write_report
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
-from common.files import check_writable, replacing, write_json
+from common.files import atomic_write, check_writable, write_json
 from data.dataset import Dataset
 from data.load import load_dataset
 from deploy import export
@@ -283,7 +283,7 @@ def export_file(task: Task) -> None:
         calibration=dataset and dataset.train.images[: export.CALIBRATION_IMAGES],
     )
     print(export.compare(exported, precision, args.output.name, dataset and dataset.val))
-    with replacing(args.output) as temporary:
+    with atomic_write(args.output) as temporary:
         temporary.write_bytes(exported.content)
 
 

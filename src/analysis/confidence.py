@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from data.dataset import Split
+from saving.checkpoint import MAX_TEMPERATURE
 from utils import BatchLoader
 from vit_model import ViT
 
-NONE = {"temperature": 1.0}  # of a checkpoint without: nothing is strange
-MAX_TEMPERATURE = 100.0  # and its inverse is the least
 TRAINING_IMAGES = 6000  # that tell how images of a class differ: more make no difference
 SHRINKAGE = 0.01  # of the mean variance, added to all: some directions have next to none
 FALSE_ALARMS = 0.01  # share of the validation images that are called strange
@@ -120,37 +119,6 @@ def is_strange(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
     if "threshold" not in calibration:
         return torch.zeros(len(vectors), dtype=torch.bool)
     return strangeness(vectors, calibration) > calibration["threshold"]
-
-
-def validated(calibration: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """A calibration that a stranger may have made, with what is used of it.
-
-    Args:
-        config: the model's, checked.
-
-    Raises:
-        ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError: it is
-            none of such a model, or holds numbers that nobody can compute with.
-    """
-    temperature = float(calibration["temperature"])
-    if not 1 / MAX_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise ValueError("its temperature is out of range")
-    if "threshold" not in calibration:
-        return {"temperature": temperature}
-    blocks, dim = len(_blocks(config["depth"])), config["embed_dim"]
-    whitening, centres = calibration["whitening"], calibration["centres"]
-    classes = min(max(1, centres.shape[1]), config["num_classes"])
-    shapes = {"whitening": (blocks, dim, dim), "centres": (blocks, classes, dim)}
-    for name, tensor in {"whitening": whitening, "centres": centres}.items():
-        if tensor.shape != shapes[name] or tensor.layout is not torch.strided:
-            raise ValueError(f"its {name} is of another shape")
-        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
-            raise ValueError(f"its {name} is not all numbers to compute with")
-    threshold = float(calibration["threshold"])
-    if not 0 <= threshold < float("inf"):
-        raise ValueError("its threshold is out of range")
-    tensors = {"whitening": whitening, "centres": centres.float()}
-    return {"temperature": temperature, "threshold": threshold, **tensors}
 
 
 def _blocks(depth: int) -> set[int]:

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from analysis.explain import Calibration, class_scores
 from common.errors import UserError
-from common.files import replacing
+from common.files import atomic_write
 
 # Okabe & Ito's palette, told apart with any colour vision: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -40,7 +40,7 @@ def check_format(path: Path) -> None:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of its name's ending, whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=150)
 
 

@@ -21,7 +21,7 @@ from analysis import figures
 from analysis.explain import Outputs, calibration, class_scores, confusion_matrix
 from analysis.figures import one_line
 from common.errors import UserError
-from common.files import replacing, write_text
+from common.files import atomic_write, write_text
 from saving.checkpoint import versions
 from vit_model import ViT, count_parameters
 
@@ -157,7 +157,7 @@ def write_report(
     markdown = path.with_suffix(".md")
     links = {name: f"{path.stem}_{name}.png" for name in pictures}
     for name, content in pictures.items():
-        with replacing(path.with_name(links[name])) as temporary:
+        with atomic_write(path.with_name(links[name])) as temporary:
             temporary.write_bytes(content)
     write_text(markdown, _to_markdown(title, lead, sections, links))
     write_text(path, _to_html(title, lead, sections, pictures))

@@ -1,7 +1,4 @@
-"""Files that are whole or not there: no crash, full disk or Ctrl-C leaves half of one.
-
-A folder can be held by one process.
-"""
+"""Files that are written whole or not at all, and folders that one process has for itself."""
 
 import errno
 import json
@@ -11,7 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
@@ -19,16 +18,16 @@ _TEMPORARY = ".tmp"  # in the names of files that are being written
 
 
 @contextmanager
-def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
-    """Give a temporary path beside `path`; once the block has filled it, rename it to `path`.
+def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; once the block has written to it, rename it to `path`.
 
-    It is on the disk before it takes the name, and what stood there becomes `keep` if that is
-    given: so one good file is there at any time, whatever fails.
+    The new file is on the disk before it is renamed, and the old one is renamed to `keep` if that
+    is given. So there is a complete file, new or old, at any time.
 
     Raises:
-        UserError: the folder or the file can't be written. What stood at `path` is still there.
+        UserError: the folder or the file can't be written. The old file is still there.
     """
-    path = Path(path).resolve()  # a symbolic link stays, and what it names is replaced
+    path = Path(path).resolve()  # a symbolic link is kept, the file that it points to replaced
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{_TEMPORARY}{path.suffix}")
     try:
         _make_room(path)
@@ -42,23 +41,23 @@ def replacing(path: str | Path, keep: str | Path | None = None) -> Iterator[Path
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:
-        with suppress(OSError):  # gone already, or its folder never was there
+        with suppress(OSError):  # renamed, or never created
             temporary.unlink()
 
 
 def write_text(path: str | Path, text: str, keep: str | Path | None = None) -> None:
-    """Write `text` to `path`, whole or not at all. `keep` and UserError: as in `replacing`."""
-    with replacing(path, keep) as temporary:
+    """Write `text` to `path`. `keep` and UserError: as in `atomic_write`."""
+    with atomic_write(path, keep) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: str | Path, data: Any, keep: str | Path | None = None) -> None:
-    """Write `data` to `path` as indented JSON, like `write_text`."""
+    """Write `data` to `path` as indented JSON. `keep` and UserError: as in `atomic_write`."""
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n", keep)
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise UserError now, rather than after an hour, if the file `path` can't be written later."""
+    """Raise UserError at once if `path` can't be written, rather than after an hour of training."""
     path = Path(path).resolve()
     try:
         _make_room(path)
@@ -69,7 +68,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the folder's new names on the disk, where a folder can be opened for that."""
+    """Have the folder's new names on the disk, on systems where a folder can be opened."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -79,62 +78,49 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def held(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from holding `folder`; the system lets go of it when this one ends.
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from using `folder` until the block, or this process, has ended.
 
-    What a killed process left half written in it is removed.
+    Half-written files of killed processes are removed from it. A file system without locks gives no
+    protection; a note on stderr says so.
 
     Raises:
-        UserError: another process holds it, or it can't be written.
+        UserError: another process uses the folder, or it can't be written.
     """
     path = Path(folder).resolve() / ".lock"
+    pid_path = path.with_name(".lock.pid")  # filelock does not tell which process has the lock
+    check_writable(path)
+    lock = FileLock(path)
     try:
-        _make_room(path)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 closed below
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-    with file:
-        if not _lock(file):
-            file.seek(0)
-            holder = file.read(20).strip() or "unknown"
-            raise UserError(
-                f"{folder} is in use by another run (process {holder}): wait for it, or name "
-                "another folder with --save_dir"
-            )
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        for left in path.parent.glob(f".*.*{_TEMPORARY}.*"):
+        lock.acquire(blocking=False)
+    except Timeout:
+        pid = ""
+        with suppress(OSError):
+            pid = pid_path.read_text(encoding="utf-8").strip()
+        raise UserError(
+            f"{folder} is in use by another run (process {pid or 'unknown'}): wait for it, or name "
+            "another folder with --save_dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "filename", None):  # it could not be opened, let alone locked
+            raise _cannot_write(path, error) from None
+        print(f"note: {path} cannot be locked: {error}", file=sys.stderr)
+    try:
+        with suppress(OSError):
+            pid_path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        for unfinished in path.parent.glob(f".*.*{_TEMPORARY}.*"):
             with suppress(OSError):
-                left.unlink()
+                unfinished.unlink()
         yield
-
-
-def _lock(file: TextIO) -> bool:
-    """Lock an open file, without waiting; False if another process has locked it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where a process's locks end with it as well
-        import msvcrt
-
-        try:
-            file.seek(1000)  # beyond what is read of it: a locked byte can't be read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network file systems have no locks
-        print(f"note: {file.name} cannot be locked: {error.strerror}", file=sys.stderr)
-    return True
+    finally:
+        with suppress(OSError):
+            pid_path.unlink()
+        lock.release()
 
 
 def _make_room(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # renaming over a device would put a file there
+    if path.exists() and not path.is_file():  # renaming would replace a device by a file
         raise OSError(None, "it is a folder or a device")
 
 
@@ -142,3 +128,6 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     advice = "free some space" if full else "name another place"
     return UserError(f"{path} cannot be written: {error.strerror or error}; {advice}")
+
+
+held, replacing = lock_folder, atomic_write  # the former names

@@ -1,16 +1,20 @@
 """A trained model as a file: written whole, read without running what it carries, rebuilt.
 
-A checkpoint is a dict. Four keys are the published ones: `epoch`, `model_state_dict`,
-`optimizer_state_dict` and `best_acc` (percent). Ours add `model_config`, `normalization`,
-`dataset`, `class_names`, `settings` and `versions`, all that it takes to use the model, and, when a
-run has ended, `calibration`, what its answers are worth (confidence.py). The file is torch.save's,
-a zip archive, with the SHA-256 of all before it as the archive's comment.
+`torch.save` writes a checkpoint, a dict, as a zip archive. The archive's comment is the SHA-256 of
+all bytes before it. The keys, by the value of `format`:
+
+    none    `epoch`, `model_state_dict`, `optimizer_state_dict` and `best_acc` (percent): published
+            checkpoints have these four. Ours add `model_config` (the arguments of `ViT`),
+            `normalization` (mean and std of pixels), `dataset`, `class_names`, `settings` (of the
+            recipe), `versions`, and, once training has ended, `calibration` (confidence.py). Some
+            have more, for --resume; run_state.py describes it. This is format 1.
+    2       the same keys, and `format`.
 """
 
 import hashlib
 import io
-import math
 import platform
+import sys
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -19,29 +23,31 @@ import torch
 import torchvision
 from torch import Tensor
 
-from analysis import confidence
 from common.errors import UserError, is_out_of_memory
-from common.files import replacing
+from common.files import atomic_write
 from data.dataset import DIGITS
 from saving.archive import RefusedError, read_archive
 from vit_model import ViT
 
+FORMAT = 2  # of what is written now; every earlier one is read, too
+UNCALIBRATED = {"temperature": 1.0}  # answers stay as they are, and no image is strange
 # What a published checkpoint, which has four keys only, was trained with.
 PUBLISHED = {
     "normalization": {"mean": 0.1307, "std": 0.3081},
     "dataset": "mnist",
     "class_names": list(DIGITS),
     "settings": {"label_smoothing": 0.1},
-    "calibration": confidence.NONE,
+    "calibration": UNCALIBRATED,
 }
-# Raised where a file holds something else than a checkpoint of ours.
-WRONG_CONTENT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+PUBLISHED_NUM_HEADS = 4  # the one size that no tensor's shape tells
 CHECKSUM = b"sha256:"  # before 64 hexadecimal digits
-MAX_WEIGHT = 1e6  # far above what training leads to, and no sum of products overflows
-PUBLISHED_NUM_HEADS = 4  # the one size that can't be read off a tensor
+MAX_WEIGHT = 1e6  # far more than training leads to, and no sum of products overflows
+MAX_TEMPERATURE = 100.0  # of a calibration; its inverse is the least
+CALIBRATED_BLOCKS = 3  # at most so many blocks are looked at (confidence.py)
 
-OWN_CHECKPOINT = Path("checkpoints/best_model.pt")  # where train.py, run here, leaves its model
+OWN_CHECKPOINT = Path("checkpoints/best_model.pt")  # where train.py, started here, puts its model
 PRETRAINED = Path(__file__).resolve().parents[2] / "checkpoints" / "pretrained" / "best_model.pt"
+ADVICE = "name one that src/train.py wrote"
 
 
 def versions() -> dict[str, str]:
@@ -57,7 +63,7 @@ def find_checkpoint(given: str | Path | None = None) -> Path:
     """The checkpoint to use: the one `given`, else the current folder's, else the pretrained one.
 
     Raises:
-        UserError: none is given, and neither of the others is there.
+        UserError: none is given, and neither of the others exists.
     """
     if given is not None:
         return Path(given)
@@ -73,175 +79,214 @@ def find_checkpoint(given: str | Path | None = None) -> Path:
 def save_checkpoint(
     path: str | Path, checkpoint: dict[str, Any], keep: str | Path | None = None
 ) -> None:
-    """Write a checkpoint, whole or not at all; what stood at `path` becomes `keep` if given.
+    """Write a checkpoint, whole or not at all; an older file is renamed to `keep` if given.
 
     Raises:
         UserError: it can't be written.
     """
-    buffer = io.BytesIO()  # PyTorch's own error on a full disk hides the reason
+    buffer = io.BytesIO()  # on a full disk, PyTorch's own error hides the reason
     torch.save(checkpoint, buffer)
     # An archive ends with its comment and, in two bytes before that, the comment's length.
     buffer.seek(-2, io.SEEK_END)
     digest = hashlib.sha256(buffer.getbuffer()[: buffer.tell()]).hexdigest()
     comment = CHECKSUM + digest.encode()
     buffer.write(len(comment).to_bytes(2, "little") + comment)
-    with replacing(path, keep) as temporary:
+    with atomic_write(path, keep) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
-    """Read a checkpoint, ours or a published one.
+    """Read a checkpoint, ours or a published one, check all that is used of it, rebuild the model.
 
     Returns:
         The model on the CPU, in evaluation mode, and the checkpoint with every key of ours.
 
     Raises:
-        UserError: there is no such file, it is damaged or no checkpoint, or holds another model.
+        UserError: there is no such file, it is damaged, no checkpoint, or another model's.
     """
-    checkpoint = {**PUBLISHED, **read_checkpoint(Path(path))}
+    path = Path(path)
+    checkpoint = {**PUBLISHED, **read_checkpoint(path)}
     state = checkpoint["model_state_dict"]
-    advice = "name one that src/train.py wrote"
     try:
-        sizes = _sizes(state)
-        config = {"num_heads": PUBLISHED_NUM_HEADS, **sizes, **checkpoint.get("model_config", {})}
-        # A ratio is told by whole neurons only: 2.7 x 96 are 259, which would read 2.698.
-        config["mlp_ratio"] = float(config["mlp_ratio"])
-        hidden_dim = round(sizes["embed_dim"] * config["mlp_ratio"])
-        told = {**config, "mlp_ratio": hidden_dim / sizes["embed_dim"]}
-        for name, size in sizes.items():
-            if told[name] != size:
-                raise ValueError(f"its configuration's {name} is not its tensors' {size}")
-        if not (type(config["num_heads"]) is int and config["num_heads"] >= 1):
-            raise ValueError("its configuration's num_heads is no number of heads")
-        _check_state(state, config, Path(path).stat().st_size)
-        with torch.device("meta"):  # no number is drawn: the caller's generators are his
-            model = ViT(**config)
-        model.to_empty(device="cpu").load_state_dict(state)
-        if not all(tensor.abs().max() <= MAX_WEIGHT for tensor in model.state_dict().values()):
-            raise ValueError("its weights are not all numbers to compute with")
-        checkpoint["epoch"] = int(checkpoint["epoch"])
-        checkpoint["best_acc"] = float(checkpoint["best_acc"])
-        checkpoint["dataset"] = _printable(checkpoint["dataset"])
-        checkpoint["class_names"] = [_printable(name) for name in list(checkpoint["class_names"])]
-        checkpoint["normalization"] = {
-            name: float(checkpoint["normalization"][name]) for name in ("mean", "std")
-        }
-        checkpoint["settings"] = {
-            **checkpoint["settings"],
-            "label_smoothing": float(checkpoint["settings"]["label_smoothing"]),
-        }
-        checkpoint["calibration"] = confidence.validated(checkpoint["calibration"], config)
-        if len(checkpoint["class_names"]) != config["num_classes"]:
-            raise ValueError(f"{config['num_classes']} classes, but other names for them")
-        mean, std = checkpoint["normalization"].values()
-        in_range = {
-            "epoch": 0 <= checkpoint["epoch"] <= 10**9,
-            "best_acc": math.isfinite(checkpoint["best_acc"]),
-            "normalization": abs(mean) <= 10 and 1e-3 <= std <= 10,
-            "label_smoothing": 0 <= checkpoint["settings"]["label_smoothing"] <= 1,
-        }
-        if not all(in_range.values()):
-            wrong = next(name for name, right in in_range.items() if not right)
-            raise ValueError(f"its {wrong} is out of range")
-    except (MemoryError, RuntimeError, *WRONG_CONTENT) as e:
-        _check_memory(Path(path), e)
-        reason = f"no {e} in it" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
-        raise UserError(f"{path} is not a checkpoint of this ViT ({reason}); {advice}") from None
-    checkpoint["model_config"] = config
-    return model.eval(), checkpoint
+        config = _validated_config(checkpoint.get("model_config", {}), state)
+        _check_tensors(state, config, path.stat().st_size)
+        checkpoint |= _validated_description(checkpoint, config)
+        model = _rebuild(state, config)
+    except Exception as error:  # whatever a value of a wrong kind brings up
+        raise _refusal(path, error) from None
+    return model, {**checkpoint, "model_config": config}
+
+
+# -------------------------------------------------------------------------------------------- read
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, as it is.
+    """Read a checkpoint as it is: of its values only `format` is checked.
 
     Raises:
-        UserError: as `load_checkpoint`.
+        UserError: there is no such file, it is damaged, no checkpoint, or of a later format.
     """
-    advice = "name one that src/train.py wrote"
+    content = _read_whole(path)
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{path} is no checkpoint: it is a device or a pipe; {advice}")
-        content = path.read_bytes()
-        if not content:
-            raise UserError(f"{path} is no checkpoint: it is empty; {advice}")
-        if not _matches_checksum(content):
-            raise UserError(f"{path} is damaged: its bytes don't match its checksum; {advice}")
-        checkpoint = read_archive(path)
-    except OSError as error:
-        hint = "train first, or name one with --checkpoint"
-        raise UserError(
-            f"checkpoint {path} cannot be read: {error.strerror or error}; {hint}"
-        ) from None
-    except UserError:
-        raise
+        checkpoint = read_archive(content)
     except RefusedError as error:
-        raise UserError(f"{path} is no checkpoint: refused, since {error}; {advice}") from None
-    except Exception as error:  # torch.load raises many kinds on bytes that are not its own
-        _check_memory(path, error)
-        reason = "truncated or damaged, or of another format, and so not loaded"
-        raise UserError(f"{path} is no checkpoint: {reason}; {advice}") from None
+        raise _refusal(path, error, f"it is refused, since {error}") from None
+    except Exception as error:  # zipfile and PyTorch raise many kinds
+        raise _refusal(path, error, "it is damaged, cut off, or in another format") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        raise UserError(f"{path} is no checkpoint: it has no model_state_dict; {advice}")
+        raise _refusal(path, KeyError("model_state_dict"))
+    written_as = checkpoint.get("format", 1)
+    if type(written_as) is not int or not 1 <= written_as <= FORMAT:
+        raise UserError(f"{path} is of a newer version of this project: update this one to use it")
     return checkpoint
 
 
-def _check_memory(path: Path, error: Exception) -> None:
-    """Raise UserError if what went wrong with the file is that it doesn't fit into memory."""
+def _read_whole(path: Path) -> bytes:
+    """The bytes of a file that is not empty, and whose checksum is right if it has one."""
+    try:
+        may_not_end = path.exists() and not path.is_file() and not path.is_dir()
+        content = b"" if may_not_end else path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        hint = "train first, or name one with --checkpoint"
+        raise UserError(f"checkpoint {path} cannot be read: {reason}; {hint}") from None
+    except MemoryError as error:
+        raise _refusal(path, error) from None
+    if not content:
+        raise _refusal(path, ValueError("it is empty, or a device or a pipe"))
+    prefix, digest = content[-64 - len(CHECKSUM) : -64], content[-64:]
+    covered = memoryview(content)[: -2 - len(prefix) - len(digest)]
+    if prefix == CHECKSUM and hashlib.sha256(covered).hexdigest().encode() != digest:
+        raise UserError(f"{path} is damaged: its bytes don't match its checksum; {ADVICE}")
+    return content
+
+
+def _refusal(path: Path, error: Exception, reason: str = "") -> UserError:
+    """One line that says why a file is not used: the `reason`, else what the `error` says."""
     if is_out_of_memory(error):
         size = f"{path.stat().st_size / 1e6:,.0f} MB"
-        raise UserError(
+        return UserError(
             f"{path} of {size} needs more memory than is free: end other programs, or name a "
             "smaller model"
-        ) from None
+        )
+    reason = reason or (f"it has no {error}" if isinstance(error, KeyError) else str(error))
+    reason = "".join(filter(str.isprintable, " ".join(reason.split())))[:200]  # it may quote names
+    return UserError(f"{path} is not a checkpoint of this ViT: {reason}; {ADVICE}")
 
 
-def _matches_checksum(content: bytes) -> bool:
-    """Whether the checksum is right; also if there is none, as in files of other origin."""
-    prefix, digest = content[-64 - len(CHECKSUM) : -64], content[-64:]
-    if prefix != CHECKSUM:
-        return True
-    covered = memoryview(content)[: -2 - len(prefix) - len(digest)]
-    return hashlib.sha256(covered).hexdigest().encode() == digest
+# ------------------------------------------------------------------------------------------- check
 
 
-def _sizes(state: dict[str, Tensor]) -> dict[str, int | float | str]:
-    """The arguments of `ViT` that its tensors' shapes tell."""
+def _validated_config(stated: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of `ViT`: the sizes that the tensors' shapes tell, and what is `stated`."""
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     pool = "cls" if "cls_token" in state else "mean"
     num_patches = state["pos_embed"].shape[1] - (pool == "cls")
-    return {
+    sizes = {
         "img_size": isqrt(num_patches) * patch_size,
         "patch_size": patch_size,
         "in_chans": in_chans,
         "num_classes": state["head.weight"].shape[0],
         "embed_dim": embed_dim,
-        "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
-        "mlp_ratio": state["blocks.0.mlp.0.weight"].shape[0] / embed_dim,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "pool": pool,
     }
+    for name, size in sizes.items():
+        if stated.get(name, size) != size:
+            raise ValueError(f"its model_config contradicts its tensors, whose {name} is {size}")
+    mlp_ratio = state["blocks.0.mlp.0.weight"].shape[0] / embed_dim
+    config = {"num_heads": PUBLISHED_NUM_HEADS, "mlp_ratio": mlp_ratio, **stated, **sizes}
+    if type(config["num_heads"]) is not int or config["num_heads"] < 1:
+        raise ValueError("its num_heads is not a whole number of at least 1")
+    return {**config, "mlp_ratio": float(config["mlp_ratio"])}
 
 
-def _check_state(state: dict[str, Tensor], config: dict[str, Any], file_size: int) -> None:
+def _check_tensors(state: dict[str, Tensor], config: dict[str, Any], file_size: int) -> None:
     """Raise ValueError unless these are the model's tensors, before any memory is taken for it."""
     with torch.device("meta"):
-        shapes = {n: t.shape for n, t in ViT(**{**config, "depth": 1}).state_dict().items()}
-    expected = {name: shape for name, shape in shapes.items() if not name.startswith("blocks.")}
-    for name in shapes.keys() - expected.keys():
-        rest = name.removeprefix("blocks.0.")
-        expected |= {f"blocks.{i}.{rest}": shapes[name] for i in range(config["depth"])}
-    for name in expected | state:
-        if name not in expected or name not in state or state[name].shape != expected[name]:
-            raise ValueError(f"its {name} is missing, superfluous or of another shape")
+        one_block = ViT(**{**config, "depth": 1}).state_dict()
+    shapes = {
+        name.replace("blocks.0.", f"blocks.{i}.", 1): tensor.shape
+        for i in range(config["depth"])
+        for name, tensor in one_block.items()
+    }
+    for name in shapes | state:
+        if name not in shapes or name not in state or state[name].shape != shapes[name]:
+            raise ValueError(f"its {name} is missing, unknown, or not of its model_config's shape")
         if not state[name].is_floating_point() or state[name].layout is not torch.strided:
-            raise ValueError(f"its {name} is no array of real numbers")
-    # Tensors may claim to be larger than what is stored of them.
+            raise ValueError(f"its {name} is not a dense tensor of real numbers")
+    # A tensor may repeat one stored number a million times.
     if sum(tensor.numel() for tensor in state.values()) > file_size:
         raise ValueError("its tensors are larger than the file")
 
 
-def _printable(value: str | int) -> str:
-    """A short name, without the codes by which a file could control a terminal."""
-    text = str(value) if isinstance(value, (str, int)) else ""
+def _validated_description(checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors, as far as it is used."""
+    class_names = [_printable(name) for name in list(checkpoint["class_names"])]
+    if len(class_names) != config["num_classes"]:
+        raise ValueError(f"it names {len(class_names)} of {config['num_classes']} classes")
+    pixels, settings = checkpoint["normalization"], checkpoint["settings"]
+    label_smoothing = _number("label_smoothing", settings["label_smoothing"], 0, 1)
+    return {
+        "epoch": int(_number("epoch", checkpoint["epoch"], 0, 1e9)),
+        "best_acc": _number("best_acc", checkpoint["best_acc"], -1, 100),  # -1: no epoch has ended
+        "dataset": _printable(checkpoint["dataset"]),
+        "class_names": class_names,
+        "normalization": {
+            "mean": _number("mean", pixels["mean"], -10, 10),
+            "std": _number("std", pixels["std"], 1e-3, 10),
+        },
+        "settings": {**settings, "label_smoothing": label_smoothing},
+        "calibration": _validated_calibration(checkpoint["calibration"], config),
+    }
+
+
+def _validated_calibration(calibration: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What `confidence.fit` has set, as far as it is used."""
+    low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE
+    validated = {"temperature": _number("temperature", calibration["temperature"], low, high)}
+    if "threshold" not in calibration:
+        return validated
+    largest = sys.float_info.max
+    validated["threshold"] = _number("threshold", calibration["threshold"], 0, largest)
+    dim, num_blocks = config["embed_dim"], min(config["depth"], CALIBRATED_BLOCKS)
+    whitening, centres = calibration["whitening"], calibration["centres"]
+    num_classes = min(max(1, centres.shape[1]), config["num_classes"])  # of those in the images
+    shapes = {"whitening": (num_blocks, dim, dim), "centres": (num_blocks, num_classes, dim)}
+    for name, shape in shapes.items():
+        tensor = calibration[name]
+        if tensor.shape != shape or tensor.layout is not torch.strided:
+            raise ValueError(f"its {name} is of another shape")
+        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+            raise ValueError(f"its {name} is not made of finite numbers")
+    return {**validated, "whitening": whitening, "centres": centres.float()}
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    number = float(value)
+    if not low <= number <= high:
+        raise ValueError(f"its {name} is not between {low:g} and {high:g}")
+    return number
+
+
+def _printable(name: str | int) -> str:
+    """A short name without the codes by which a file could control a terminal."""
+    text = str(name) if isinstance(name, (str, int)) else ""
     if not 0 < len(text) <= 100 or not text.isprintable():
-        raise ValueError("a name in it is no short printable text")
+        raise ValueError("a name in it is empty, longer than 100 characters, or not printable")
     return text
+
+
+# ----------------------------------------------------------------------------------------- rebuild
+
+
+def _rebuild(state: dict[str, Tensor], config: dict[str, Any]) -> ViT:
+    """The model with the weights of `state`, in evaluation mode."""
+    with torch.device("meta"):  # draws no random number: the caller's generators stay as they are
+        model = ViT(**config)
+    model.to_empty(device="cpu").load_state_dict(state)
+    if not all(tensor.abs().max() <= MAX_WEIGHT for tensor in model.state_dict().values()):
+        raise ValueError(
+            f"its weights are not all numbers between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}"
+        )
+    return model.eval()

@@ -249,8 +249,8 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(start, run, 
 def test_what_a_killed_save_left_is_removed(tmp_path):
     (tmp_path / ".last.123.tmp.pt").write_bytes(b"half")
     (tmp_path / ".note").write_text("mine")
-    with files.held(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".note"]
+    with files.lock_folder(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock.pid", ".note"]
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "gone"])
