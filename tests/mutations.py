@@ -1,11 +1,18 @@
-"""How the fuzzing damages files, and the bounds of time and memory that it holds the code to.
+"""What the fuzzing tests share: damage to real files, and bounds on what an answer may cost.
 
-Damage is drawn as a plan, plain data that Hypothesis prints and shrinks, and applied to a real
-file: so a finding can be written down as an example.
+Damage is drawn as a plan, plain data that Hypothesis prints and shrinks, and then applied to a real
+file: so a finding can be written down as an example. What once broke something stands beside each
+test as a case of its own.
+
+The suite draws few examples and the same each time. To search for hours, one test at a time:
+
+    pytest tests/saving/test_fuzz_files.py -k damaged --hypothesis-profile long
 """
 
 import faulthandler
+import functools
 import io
+import operator
 import signal
 import sys
 import warnings
@@ -16,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from common.errors import UserError
+
 CPU_SECONDS = 20  # far above what any input needs, so that a busy machine fails no test
 MEMORY = 2**30  # bytes above what the process has before
+FEW = settings(max_examples=max(20, settings.default.max_examples * 2 // 5))
+VERY_FEW = settings(max_examples=max(5, settings.default.max_examples // 10))  # slow targets
 
 
 class TooLongError(BaseException):
@@ -58,6 +70,16 @@ def _peak() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
+def result_or_error(function: Callable[..., Any], *arguments: Any, **flags: Any) -> Any:
+    """What the function returns, or the text of its `UserError`, which must be one line."""
+    try:
+        return function(*arguments, **flags)
+    except UserError as error:
+        text = str(error)
+        assert text.strip() and len(text) < 2000, text[:3000]
+        return text
+
+
 # ----------------------------------------------------------------------------------------- bytes
 
 # Near the ends of a file stand its headers and directories.
@@ -65,52 +87,33 @@ POSITIONS = st.integers(-300, 300) | st.integers(0, 2**30)
 CHUNKS = st.binary(min_size=1, max_size=12) | st.sampled_from(
     [b"\0" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\xff" * 8, b"\0" * 100, b"\r\n"]
 )
+EDIT = {
+    "overwrite": lambda head, old, rest, chunk: head + chunk + rest,
+    "flip": lambda head, old, rest, chunk: head + bytes(map(operator.xor, old, chunk)) + rest,
+    "insert": lambda head, old, rest, chunk: head + chunk + old + rest,
+    "delete": lambda head, old, rest, chunk: head + rest,
+    "cut": lambda head, old, rest, chunk: head,
+    "repeat": lambda head, old, rest, chunk: head + 51 * old + rest,
+    "turn": lambda head, old, rest, chunk: old + rest + head,
+}
 EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["overwrite", "flip", "insert", "delete", "cut", "repeat", "turn"]),
-        POSITIONS,
-        CHUNKS,
-    ),
-    min_size=1,
-    max_size=6,
+    st.tuples(st.sampled_from(sorted(EDIT)), POSITIONS, CHUNKS), min_size=1, max_size=6
 )
 Edits = list[tuple[str, int, bytes]]
 
 
-def edited(whole: bytes, edits: Edits) -> bytes:
-    data = bytearray(whole)
+def edited(data: bytes, edits: Edits) -> bytes:
     for kind, position, chunk in edits:
         at = position % (len(data) + 1)
         end = at + len(chunk)
-        match kind:
-            case "overwrite":
-                data[at:end] = chunk
-            case "flip":
-                data[at:end] = bytes(a ^ b for a, b in zip(data[at:end], chunk, strict=False))
-            case "insert":
-                data[at:at] = chunk
-            case "delete":
-                del data[at:end]
-            case "cut":
-                del data[at:]
-            case "repeat":
-                data[at:at] = data[at:end] * 50
-            case "turn":
-                data[:] = data[at:] + data[:at]
-    return bytes(data)
+        data = EDIT[kind](data[:at], data[at:end], data[end:], chunk)
+    return data
 
 
 # ------------------------------------------------------------------------------------------- zip
 
-ZIP_EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["edit", "drop", "empty", "other", "twice", "rename", "deflate"]),
-        st.integers(0, 50),  # the entry
-        EDITS,
-    ),
-    min_size=1,
-    max_size=4,
-)
+ENTRY_KINDS = st.sampled_from(["edit", "drop", "empty", "other", "twice", "rename", "deflate"])
+ZIP_EDITS = st.lists(st.tuples(ENTRY_KINDS, st.integers(0, 50), EDITS), min_size=1, max_size=4)
 
 
 def rezipped(whole: bytes, plan: list[tuple[str, int, Edits]]) -> bytes:
@@ -132,9 +135,7 @@ def rezipped(whole: bytes, plan: list[tuple[str, int, Edits]]) -> bytes:
             case "twice":
                 entries.append([entry[0], edited(entry[1], edits), entry[2]])
             case "rename":
-                entry[0] = (
-                    edited(entry[0].encode(), edits).decode("latin-1").replace("\0", "") or "x"
-                )
+                entry[0] = edited(entry[0].encode(), edits).decode("latin-1").replace("\0", "x")
             case "deflate":
                 entry[2] = zipfile.ZIP_DEFLATED
     return zipped(entries)
@@ -145,26 +146,16 @@ def zipped(entries: list[tuple[str, bytes, int]]) -> bytes:
     with zipfile.ZipFile(content, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names that are there twice are the point
         for name, data, compression in entries:
-            archive.writestr(name, data, compression)
+            archive.writestr(name or "x", data, compression)
     return content.getvalue()
 
 
 # ------------------------------------------------------------------------------------ structures
 
 
-def _laughs() -> list:
-    """A list of a few hundred bytes in a file, whose text would fill every disk."""
-    inner: list = ["ha"]
-    for _ in range(60):
-        inner = [inner, inner]
-    return inner
-
-
-def _deep() -> list:
-    inner: list = []
-    for _ in range(900):
-        inner = [inner]
-    return inner
+def _nested(times: int, width: int) -> list:
+    """Of a few hundred bytes in a file; with a width of 2, its text would fill every disk."""
+    return functools.reduce(lambda inner, _: [inner] * width, range(times), ["ha"])
 
 
 def _itself() -> list:
@@ -179,9 +170,9 @@ ODD: dict[str, Callable[[], Any]] = {
     "10**5000": lambda: 10**5000,
     "many names": lambda: ["x"] * 10**5,
     "long text": lambda: "x" * 10**6,
-    "laughs": _laughs,
+    "laughs": lambda: _nested(60, 2),
     "itself": _itself,
-    "deep list": _deep,
+    "deep list": lambda: _nested(200, 1),
     "scalar tensor": lambda: torch.tensor(3.0),
     "tensor": lambda: torch.ones(3),
     "huge tensor": lambda: torch.zeros(1).expand(10**12),
@@ -203,7 +194,7 @@ PLAIN = (
 VALUES = (
     PLAIN
     | st.lists(PLAIN, max_size=3)
-    | st.dictionaries(PLAIN.filter(lambda x: not isinstance(x, list)), PLAIN, max_size=3)
+    | st.dictionaries(PLAIN, PLAIN, max_size=3)
     | st.sampled_from(sorted(ODD)).map(lambda name: ("ODD", name))
 )
 
@@ -255,9 +246,9 @@ STRUCTURE_EDITS = st.lists(
 )
 
 
-def restructured(content: dict, plan: list[tuple[str, int, Any]]) -> dict:
-    """A copy of nested dicts and lists in which some values are gone, renamed or another."""
-    content = _copied(content)
+def restructured(path: Path, plan: list[tuple[str, int, Any]]) -> bytes | None:
+    """The checkpoint with some of its values gone, renamed or replaced, as `saved` gives it."""
+    content = torch.load(path)
     for kind, number, value in plan:
         places = list(_places(content))
         if kind == "tensor":
@@ -274,15 +265,27 @@ def restructured(content: dict, plan: list[tuple[str, int, Any]]) -> dict:
             case "rename" if isinstance(parent, dict):
                 parent[value] = parent.pop(key)
             case "tensor":
-                parent[key] = made(("TENSORS", value), parent[key])
+                parent[key] = _made(("TENSORS", value), parent[key])
             case "replace":
-                parent[key] = made(value, parent[key])
-    return content
+                parent[key] = _made(value, parent[key])
+    return saved(content)
 
 
-def made(value: Any, old: Any) -> Any:
+def with_value(path: Path, place: str, value: Any) -> bytes:
+    """The checkpoint with another value at a place such as "run/settings/depth"."""
+    content = torch.load(path)
+    *parents, key = (int(part) if part.isdigit() else part for part in place.split("/"))
+    target = functools.reduce(operator.getitem, parents, content)
+    old = target.get(key) if isinstance(target, dict) else target[key]
+    target[key] = _made(value, old)
+    return saved(content)
+
+
+def _made(value: Any, old: Any) -> Any:
     """What `value` stands for, in the place of `old`."""
     match value:
+        case list():
+            return [_made(each, None) for each in value]
         case ("ODD", name):
             return ODD[name]()
         case ("TENSORS", name):
@@ -291,15 +294,6 @@ def made(value: Any, old: Any) -> Any:
             except (RuntimeError, TypeError):  # of a tensor that is odd already
                 return old
     return value
-
-
-def _copied(content: Any) -> Any:
-    match content:
-        case dict():
-            return {k: _copied(v) for k, v in content.items()}
-        case list():
-            return [_copied(v) for v in content]
-    return content
 
 
 def _places(content: Any, depth: int = 4) -> Iterator[tuple[Any, Any]]:

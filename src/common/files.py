@@ -128,6 +128,3 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     advice = "free some space" if full else "name another place"
     return UserError(f"{path} cannot be written: {error.strerror or error}; {advice}")
-
-
-held, replacing = lock_folder, atomic_write  # the former names

@@ -99,14 +99,13 @@ def _check_pickle(pickled: bytes) -> None:
 def _measure(value: list, known: dict[int, tuple[float, int]], level: int = 0) -> tuple[float, int]:
     """The lists in `value`, itself included, and how deep they are nested.
 
-    The first is infinite for a list that contains itself, or is too deep for Python.
+    Infinitely many where they are nested too deep, as in a list that contains itself.
     """
     if not value:
         return 1, 1
     if level > MAX_DEPTH:
         return math.inf, 0
     if id(value) not in known:
-        known[id(value)] = math.inf, 0  # where it is met inside itself
         sizes, depths = zip(*(_measure(part, known, level + 1) for part in value), strict=True)
         known[id(value)] = 1 + sum(sizes), 1 + max(depths)
     return known[id(value)]

@@ -77,10 +77,10 @@ def test_a_checkpoint_that_carries_code_is_refused_unrun(tmp_path):
     torch.save(content, tmp_path / "zip.pt")
     for protocol in (2, 4):
         (tmp_path / f"pickle{protocol}.pt").write_bytes(pickle.dumps(content, protocol))
-    with pytest.raises(UserError, match=r"refused, since it would run code \(.*open"):
+    with pytest.raises(UserError, match=r"refused, since it would call io\.open"):
         load_checkpoint(tmp_path / "zip.pt")
     for name in ("pickle2.pt", "pickle4.pt"):
-        with pytest.raises(UserError, match="not loaded"):
+        with pytest.raises(UserError, match="damaged, cut off, or in another format"):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
@@ -106,14 +106,14 @@ def test_files_that_are_no_checkpoint_are_told_apart(tmp_path):
     size = whole.stat().st_size
     for keep in (10, size // 2, size - 1):
         assert "damaged" in message("cut.pt", whole.read_bytes()[:keep])
-    assert "no model_state_dict" in message("list.pt", [1, 2])
+    assert "has no 'model_state_dict'" in message("list.pt", [1, 2])
     other = {**published(model), "model_state_dict": torch.nn.Linear(3, 3).state_dict()}
     assert "not a checkpoint of this ViT" in message("other.pt", other)
     half = {**published(model), "model_state_dict": OrderedDict(model.state_dict())}
     del half["model_state_dict"]["blocks.0.attn.in_proj_bias"]
     assert "in_proj_bias" in message("half.pt", half)
     wrong = {**published(model), "model_config": {"depth": 7}}
-    assert "its configuration" in message("wrong.pt", wrong)
+    assert "its model_config contradicts" in message("wrong.pt", wrong)
     with pytest.raises(UserError, match=r"nowhere.pt cannot be read: No such file"):
         load_checkpoint(tmp_path / "nowhere.pt")
     with pytest.raises(UserError, match="Is a directory"):
