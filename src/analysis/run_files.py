@@ -84,8 +84,7 @@ def read_history(path: Path) -> dict[str, Any]:
         return {
             "dataset": label(str(data.get("dataset"))),
             "fingerprint": data.get("fingerprint"),
-            "device": one_line(str(data.get("device")), 60),
-            "precision": one_line(str(data.get("precision")), 20),
+            **{name: data.get(name) for name in ("device", "precision")},
             "settings": data["settings"],
             "epochs": rows,
             "test": test,

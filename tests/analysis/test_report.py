@@ -12,14 +12,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 import inference
-from analysis import explain, figures, model_figures, report, run_files
+from analysis import explain, figures, report, run_files
 from data.digits import load_digits
 from deploy.flags import FLAGS_OF_MODES
 from saving.checkpoint import PUBLISHED, load_checkpoint, save_checkpoint
 from vit_model import ViT
 
 HOSTILE = (
-    '{{7*7}}<img src="http://example.com/x" onerror=alert(1)>|](http://example.com/y) $\\frac$ '
+    '\x1b{{7*7}}<img src="http://example.com/x" onerror=alert(1)>|](http://example.com/y) $\\frac$ '
     "\ud800"
 )
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -270,13 +270,14 @@ def test_two_timings_are_compared_in_both_files(write):
 
 
 def test_a_timing_without_top5_takes_it_from_its_own_runs_history(write):
-    files = {
-        "timing_cpu.txt": timing(device="cpu", test_acc="99.0"),
-        "timing_cuda.txt": timing(device="cuda", test_acc="98.0"),
-        "history.json": history(device="cpu"),
-    }
-    row = "<td>test accuracy, top-5</td><td>100.00 %</td><td>not given</td>"
-    assert row in write(files, best_acc=1.0)[1]
+    for test_acc, top5 in (("99.0", "100.00 %"), ("98.0", "not given")):
+        files = {
+            "timing_cpu.txt": timing(device="cpu", test_acc=test_acc),
+            "timing_cuda.txt": timing(device="cuda", test_acc=test_acc),
+            "history.json": history(device="cpu"),
+        }
+        row = f"<td>test accuracy, top-5</td><td>{top5}</td><td>not given</td>"
+        assert row in write(files, best_acc=1.0)[1]
 
 
 @pytest.mark.parametrize(
@@ -307,21 +308,24 @@ def test_a_timing_without_top5_takes_it_from_its_own_runs_history(write):
 )
 def test_a_damaged_file_is_named_in_a_note(tmp_path, name, content):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    read, timings, notes = run_files.read_run_files(tmp_path, {"best_acc": 1.0})
+    checkpoint = {"best_acc": 1.0, "dataset": "digits", "fingerprint": FINGERPRINT}
+    read, timings, notes = run_files.read_run_files(tmp_path, checkpoint)
     assert read is None and timings == [] and len(notes) == 1
     assert name in notes[0] and len(notes[0].splitlines()) == 1
+    assert ("over 20 MB" in notes[0]) == (len(content) > run_files.MAX_BYTES)
 
 
 def test_what_is_left_out_of_a_report_is_noted(tmp_path, write):
     (tmp_path / "timing_cpu.txt").mkdir()
     notes, *texts = write({"history.json": "{", "timing_cuda.txt": timing()})
     assert len(notes) == 2 and "history.json" in notes[0] and "timing_cpu.txt" in notes[1]
+    assert "it is a folder or a device" in notes[1]
     assert all("Left out" in text and "CPU against GPU" not in text for text in texts)
-    files = {"history.json": history({"val_acc": 1.5})}
-    assert "not of this checkpoint" in " ".join(write(files)[0])
-    assert "history" not in " ".join(write(files, best_acc=1.5)[0])
-    notes = write(files, best_acc=1.5, fingerprint="another")[0]
-    assert "not of this checkpoint" in " ".join(notes)
+    for other in ({}, {"best_acc": 1.5, "fingerprint": "another"}, {"best_acc": 1.5}):
+        is_of_run = other == {"best_acc": 1.5}
+        notes, page, _ = write({"history.json": history({"val_acc": 1.5})}, **other)
+        assert ("not of this checkpoint" in " ".join(notes)) == (not is_of_run)
+        assert page.count("data:image/png") == 5 + is_of_run
 
 
 def test_curve_and_table_star_the_epoch_that_left_the_best_model(write):
@@ -374,6 +378,7 @@ def test_text_from_files_is_shown_and_never_taken_for_markup(write):
         assert len(notes) == (given is not files)
         words = assert_self_contained(page).words
         assert "<img src=" in words and "{{7*7}}" in words  # as words
+        assert "\x1b" not in page + markdown
         assert "<img" not in markdown and not re.search(r"(?<!\\)\]\(http", markdown)
         cells = [line for line in markdown.splitlines() if "example.com" in line]
         assert cells and all(re.sub(r"\\.", "", line).count("|") in (3, 5, 6) for line in cells)
@@ -388,11 +393,3 @@ def test_class_names_from_a_stranger_can_be_drawn(run, tmp_path, drawn):
     save(tmp_path / "odd.pt", about, **config)
     for mode in ("confusion", "embeddings"):
         assert run(inference.main, "--mode", mode, "--checkpoint", "odd.pt").status == 0
-
-
-def test_class_names_on_one_spot_are_moved_apart():
-    spots = np.array([[0.5, 0.5], [0.5, 0.5], [0.52, 0.5], [0.9, 0.9]])
-    moved = model_figures._apart(spots, 0.06)
-    gaps = np.linalg.norm(moved[:, None] - moved, axis=2) + np.eye(4)
-    assert gaps.min() > 0.055 and np.linalg.norm(moved[3] - 0.9) < 0.001
-    assert np.abs(moved[:3] - 0.5).max() < 0.1
