@@ -15,10 +15,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, posix
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, symlinks and scripts")
+pytestmark = posix
 
-LAUNCHER = Path(__file__).resolve().parent.parent / "launch.py"
+LAUNCHER = ROOT / "launch.py"
 PYPROJECT = """
 [project]
 dependencies = ["torch >= 2.10", "torchvision>=0.25.0", "numpy", "tinydep>=1.2"]
@@ -46,12 +47,29 @@ if __name__ == "__main__":
             sys.exit(130)
         raise
 '''
+TRAIN = '''"""Train."""
+import os, signal, sys, time
+def stop(*_):
+    os.write(1, b"told to stop\\n")
+    os._exit(7)
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE".split()
+    print(*map(os.environ.get, names), "VIT_MNIST_STORE" in os.environ, flush=True)
+    what, number = sys.argv[1], int(sys.argv[2])
+    if what == "exit" and (number == 0 or os.environ["RANK"] == "1"):
+        sys.exit(number)
+    if what == "kill" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), number)
+    time.sleep(60)
+'''
 TORCH = """
 from types import SimpleNamespace
 version = SimpleNamespace(cuda=None)
 cuda = SimpleNamespace(is_available=lambda: False)
 """
 MISMATCH = "raise RuntimeError('operator torchvision::nms does not exist')"
+PARALLEL = ["-n", "auto", "--dist", "worksteal"]
 PYTEST = "if __name__ == '__main__': import os, sys; print(os.getcwd(), sys.argv[1:])"
 # As torch 2.10 is newer than 2.9 only when versions are compared as numbers.
 TORCHES = {"torch": ("2.10.0+cu130", TORCH), "torchvision": ("0.25.0", "")}
@@ -128,6 +146,7 @@ class Project:
     def __init__(self, folder, pythons):
         self.root, self.pythons = folder / "a project", pythons
         self.venv, self.bin, self.wheels = self.root / ".venv", folder / "bin", folder / "wheels"
+        self.python = self.venv / "bin" / "python"
         for path in (self.root / "src", self.bin, self.wheels):
             path.mkdir(parents=True)
         shutil.copy(LAUNCHER, self.root)
@@ -175,6 +194,10 @@ class Project:
         script = f'#!/bin/sh\nexec "{sys.executable}" "{self.bin / "uv.py"}" "$@"\n'
         (self.bin / "uv").write_text(script)
         (self.bin / "uv").chmod(0o755)
+
+    def need(self, package):
+        text = PYPROJECT.replace('"numpy"', f'"numpy", "{package}"')
+        (self.root / "pyproject.toml").write_text(text)
 
     def uv_calls(self):
         calls = self.bin / "calls"
@@ -228,14 +251,43 @@ def test_signals_reach_the_script(project, flags, number, status):
     assert process.returncode == status
 
 
-@pytest.mark.parametrize("args", [[], ["--help"], ["--python", "/anything"]])
-def test_without_a_script_it_lists_what_can_be_run(project, args):
-    process = project.run(*args)
+def test_processes_that_train_together_know_their_places_and_end_together(project):
+    (project.root / "src" / "train.py").write_text(TRAIN)
+    text = LAUNCHER.read_text().replace("PATIENCE = 5 ", "PATIENCE = 0.1 ")
+    (project.root / "launch.py").write_text(text)
+
+    def start(*flags):
+        return project.popen("--nproc", 3, "train.py", *flags, by="good")
+
+    process = start("exit", 0)
+    out, _ = process.communicate(timeout=20)
     assert process.returncode == 0
-    lines = [line.split(maxsplit=1) for line in process.out.splitlines()]
-    assert ["show.py", "Show what a script is given."] in lines
-    assert "test" in [line[0] for line in lines]
-    assert "usage:" in process.out and "helper.py" not in process.out
+    assert sorted(out.splitlines()) == [f"{rank} {rank} 3 3 True" for rank in "012"]
+    for flags, status, error in (  # process 1 does it, the others would wait for a minute
+        (("exit", 2), 2, ""),  # wrong usage, of which it has told
+        (("exit", 1), 1, ""),
+        (("kill", 9), 2, "error: process 1 of 3 was ended by SIGKILL, and so the others have been"),
+    ):
+        process = start(*flags)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == status and "Traceback" not in err
+        assert error in err and err.count("error: ") == bool(error)
+    process = start("wait", 0)
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 7 and out.count("told to stop") == 3
+
+
+def test_without_a_script_it_lists_what_can_be_run(project):
+    for args in ([], ["--help"], ["--python", "/anything"]):
+        process = project.run(*args)
+        assert process.returncode == 0
+        lines = [line.split(maxsplit=1) for line in process.out.splitlines()]
+        assert ["show.py", "Show what a script is given."] in lines
+        assert "test" in [line[0] for line in lines]
+        assert "usage:" in process.out and "helper.py" not in process.out
 
 
 def test_script_with_a_syntax_error_shows_pythons_own_message(project):
@@ -244,11 +296,10 @@ def test_script_with_a_syntax_error_shows_pythons_own_message(project):
     assert process.returncode == 1 and "SyntaxError" in process.err
 
 
-def test_tests_run_in_the_project_with_the_dev_extra(project):
-    process = project.run("test", "-k", "a b", by="good")
-    assert process.out == f"{project.root} {['-k', 'a b']}\n"
-    lacking = project.run("test", by="lacking")
-    assert "it lacks tinydep>=1.2, pytest" in lacking.err
+def test_tests_run_in_the_project_with_the_dev_extra_on_all_cores(project):
+    process = project.run("test", "--all", "-k", "a b", by="good")
+    assert process.out == f"{project.root} {PARALLEL + ['--all', '-k', 'a b']}\n"
+    assert "it lacks tinydep>=1.2, pytest" in project.run("test", by="lacking").err
 
 
 def test_what_cannot_be_understood_is_one_error_line(project, tmp_path):
@@ -282,23 +333,21 @@ def test_interpreters_are_tried_in_order(project):
     assert chosen(by="good", VIT_MNIST_PYTHON=other) == other
     assert chosen(by="good", VIRTUAL_ENV=other.parent.parent) == good
     assert chosen(VIRTUAL_ENV=other.parent.parent) == other
-    assert chosen() == project.venv / "bin" / "python"
+    assert chosen() == project.python
     assert sorted(p for p in project.venv.rglob("*") if "__pycache__" not in p.parts) == before
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("mismatched", "torch 2.10.0+cu130 with torchvision 0.99.0 cannot be imported (operator"),
-        ("old", "torch 2.9.1 is too old, the project needs torch >= 2.10 (before 2.10 loading a "),
+def test_interpreters_of_no_use_are_skipped_with_the_reason(project):
+    good, old = project.pythons["good"], "torch 2.9.1 is too old, the project needs torch >= 2.10"
+    mismatch = "torch 2.10.0+cu130 with torchvision 0.99.0 cannot be imported (operator"
+    for name, reason in (
+        ("mismatched", mismatch),
+        ("old", f"{old} (before 2.10 loading a "),
         ("lacking", "it lacks tinydep>=1.2"),
-    ],
-)
-def test_interpreter_of_no_use_is_skipped_with_the_reason(project, name, reason):
-    active = project.pythons["good"].parent.parent
-    process = project.run("show.py", by=name, VIRTUAL_ENV=active)
-    assert python_that_ran(process) == project.pythons["good"]
-    assert f"skipping {project.pythons[name]}: {reason}" in process.err
+    ):
+        process = project.run("show.py", by=name, VIRTUAL_ENV=good.parent.parent)
+        assert python_that_ran(process) == good
+        assert f"skipping {project.pythons[name]}: {reason}" in process.err
 
 
 def test_crashing_and_broken_interpreters_are_skipped(project, tmp_path):
@@ -308,7 +357,7 @@ def test_crashing_and_broken_interpreters_are_skipped(project, tmp_path):
     (tmp_path / "v" / "bin" / "python").write_text("no program")
     make_python(project.venv, {**TORCHES, **SMALL})
     process = project.run("--python", crashing, "show.py", VIRTUAL_ENV=tmp_path / "v")
-    assert python_that_ran(process) == project.venv / "bin" / "python"
+    assert python_that_ran(process) == project.python
     assert process.err.count("it breaks off") == 2
 
 
@@ -337,24 +386,23 @@ def test_missing_package_goes_into_a_venv_on_top_and_the_base_stays(project):
     base = project.pythons["lacking"]
     before = files_below(base)
     process = project.run("show.py", by="lacking")
-    assert python_that_ran(process) == project.venv / "bin" / "python"
+    assert python_that_ran(process) == project.python
     torch = json.loads(process.out)[3]
     assert torch.startswith(str(base.parent.parent)), "the base's own torch, not another one"
     assert files_below(base) == before
 
     again = project.run("show.py", by="lacking")
-    assert python_that_ran(again) == project.venv / "bin" / "python"
-    assert "installing" not in again.err
+    assert python_that_ran(again) == project.python and "installing" not in again.err
 
     # What comes to be missing later is added to the .venv that is there.
     make_wheel(project.wheels, "later", "1.0")
-    text = PYPROJECT.replace('"numpy"', '"numpy", "later"')
-    (project.root / "pyproject.toml").write_text(text)
+    project.need("later")
     third = project.run("show.py", by="lacking")
-    assert python_that_ran(third) == project.venv / "bin" / "python"
+    assert python_that_ran(third) == project.python
     assert "launch: installing later\n" in third.err
 
 
+@pytest.mark.slow
 def test_nothing_of_the_current_folder_is_run(project, tmp_path):
     """Each of these would be imported by `python -m` in place of the tool of that name."""
     folder = tmp_path / "downloads"
@@ -363,7 +411,7 @@ def test_nothing_of_the_current_folder_is_run(project, tmp_path):
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})")
     make_wheel(project.wheels, "tinydep", "1.2")
     assert python_that_ran(project.run("show.py", by="lacking", cwd=folder))
-    assert project.run("test", by="good", cwd=folder).out == f"{project.root} []\n"
+    assert project.run("test", by="good", cwd=folder).out == f"{project.root} {PARALLEL}\n"
     project.add_uv()
     shutil.rmtree(project.venv)
     (project.bin / "uv.py").write_text("import os, sys; sys.exit(os.getcwd())")
@@ -372,6 +420,7 @@ def test_nothing_of_the_current_folder_is_run(project, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_on_top_of_a_python_that_is_no_virtual_environment(project, tmp_path):
     make_wheel(project.wheels, "tinydep", "1.2")
     base = getattr(sys, "_base_executable", sys.executable)
@@ -381,10 +430,11 @@ def test_on_top_of_a_python_that_is_no_virtual_environment(project, tmp_path):
     for name, (version, code) in {**TORCHES, "numpy": SMALL["numpy"]}.items():
         write_package(Path(answer.stdout.strip()), name, version, code)
     process = project.run("--python", base, "show.py", **user)
-    assert python_that_ran(process) == project.venv / "bin" / "python"
+    assert python_that_ran(process) == project.python
     assert json.loads(process.out)[3].startswith(str(tmp_path / "user"))
 
 
+@pytest.mark.slow
 def test_no_network_is_one_error_line_and_leaves_no_half_venv(project):
     env = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": 0, "PIP_NO_INDEX": 0}
     error = project.error("show.py", by="lacking", **env)
@@ -392,19 +442,16 @@ def test_no_network_is_one_error_line_and_leaves_no_half_venv(project):
     assert not project.venv.exists()
 
 
-@pytest.mark.parametrize(
-    ("message", "reason"),
-    [
+def test_failing_install_says_why(project):
+    project.add_uv()
+    for message, reason in (
         ("No space left on device (os error 28)", "the disk is full"),
         ("error sending request\n  tcp connect error", "no connection"),
         ("no wheel for this machine", "ended with status 1, its message is above"),
-    ],
-)
-def test_failing_install_says_why(project, message, reason):
-    project.add_uv()
-    assert reason in project.error("show.py", UV_FAIL=message)
-    assert not project.venv.exists()
-    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    ):
+        assert reason in project.error("show.py", UV_FAIL=message)
+        assert not project.venv.exists()
+    assert python_that_ran(project.run("show.py")) == project.python
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -421,42 +468,35 @@ def test_install_that_was_interrupted_is_started_over(project, number):
     for name, (version, code) in {**TORCHES, **SMALL}.items():
         write_package(next(project.venv.rglob("site-packages")), name, version, code)
     (project.venv / "half-written").touch()
-    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert python_that_ran(project.run("show.py")) == project.python
     assert not (project.venv / "half-written").exists()
 
 
-def test_two_launchers_at_once_install_once(project):
+@pytest.mark.parametrize("kill", [False, True])
+def test_two_launchers_at_once_install_once(project, kill):
+    """An installer that outlives its killed launcher is waited for, too."""
     project.add_uv()
     first = project.popen("show.py", UV_SLEEP=2)
     wait_for(project.bin / "calls")
+    if kill:
+        first.kill()
     second = project.run("show.py")
     first.communicate(timeout=20)
-    assert first.returncode == second.returncode == 0
+    assert python_that_ran(second) == project.python
     assert "another launcher is making" in second.err
-    assert len(project.uv_calls()) == 1
-
-
-def test_installer_that_outlives_a_killed_launcher_is_waited_for(project):
-    project.add_uv()
-    first = project.popen("show.py", UV_SLEEP=2)
-    wait_for(project.bin / "calls")
-    first.kill()
-    second = project.run("show.py")
-    first.communicate()
-    assert "another launcher is making" in second.err
-    assert python_that_ran(second) == project.venv / "bin" / "python"
+    assert kill or (first.returncode == 0 and len(project.uv_calls()) == 1)
 
 
 def test_venv_without_a_python_is_replaced_but_what_was_not_made_here_is_kept(project):
     project.add_uv()
     (project.venv / "bin").mkdir(parents=True)
-    (project.venv / "bin" / "python").symlink_to("/gone/python3")
+    project.python.symlink_to("/gone/python3")
     (project.venv / "mine.txt").touch()
-    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert python_that_ran(project.run("show.py")) == project.python
     assert len(list(project.root.glob(".venv.broken-*/mine.txt"))) == 1
     # The one made here is ours to delete.
-    (project.venv / "bin" / "python").unlink()
-    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    project.python.unlink()
+    assert python_that_ran(project.run("show.py")) == project.python
     assert len(list(project.root.glob(".venv.broken-*"))) == 1
 
 
@@ -464,7 +504,7 @@ def test_users_own_venv_without_torch_is_installed_into(project):
     project.add_uv()
     make_python(project.venv, {})
     (project.venv / "mine.txt").touch()
-    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert python_that_ran(project.run("show.py")) == project.python
     assert (project.venv / "mine.txt").exists()
     call = project.uv_calls()[0]
     assert call.endswith("torch >= 2.10 torchvision>=0.25.0 numpy tinydep>=1.2")
@@ -473,7 +513,7 @@ def test_users_own_venv_without_torch_is_installed_into(project):
 def test_mismatch_in_the_projects_own_venv_is_repaired(project):
     project.add_uv()
     make_python(project.venv, {**TORCHES, "torchvision": ("0.25.0", MISMATCH)})
-    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert python_that_ran(project.run("show.py")) == project.python
     assert "--force-reinstall" in project.uv_calls()[0]
 
 
@@ -481,10 +521,9 @@ def test_failing_install_leaves_the_venv_of_before(project):
     project.add_uv()
     project.run("show.py")
     (project.venv / "mine.txt").touch()
-    text = PYPROJECT.replace('"numpy"', '"numpy", "later"')
-    (project.root / "pyproject.toml").write_text(text)
+    project.need("later")
     assert "cannot install into" in project.error("show.py", UV_FAIL="no such package")
     (project.root / "pyproject.toml").write_text(PYPROJECT)
-    assert python_that_ran(project.run("show.py")) == project.venv / "bin" / "python"
+    assert python_that_ran(project.run("show.py")) == project.python
     assert (project.venv / "mine.txt").exists()
     assert "--constraint" in project.uv_calls()[1] and "later" in project.uv_calls()[1]
