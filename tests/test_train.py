@@ -10,8 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MNIST, QUICK, TINY, assert_one_error_line, history, needs_cuda, needs_mnist
-from conftest import posix, read
+from conftest import (
+    MNIST,
+    QUICK,
+    TINY,
+    assert_one_error_line,
+    history,
+    needs_cuda,
+    needs_mnist,
+    posix,
+    read,
+)
 from matplotlib.image import imread
 
 import train
