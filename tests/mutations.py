@@ -28,9 +28,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import optim
 import train
 from common.errors import UserError
+from optimizers.gallery import GALLERY
 
 CPU_SECONDS = 20  # far above what any input needs, so that a busy machine fails no test
 MEMORY = 2**30  # bytes above what the process has before
@@ -117,7 +117,7 @@ def edited(data: bytes, edits: Edits) -> bytes:
 
 NUMBERS = "0 1 -1 2 0.5 1e-3 1e400 -1e-400 nan inf -inf 1_0 10**9 9**9**9 9**9**9**9 1j 0x10 True"
 NUMBERS = [*NUMBERS.split(), "None", "1" + 22 * "0"]
-CALLS = st.sampled_from([text for text, _ in optim.GALLERY])
+CALLS = st.sampled_from([text for text, _ in GALLERY])
 FREE_TEXTS = (
     st.text(alphabet="()[]{}'\"\\,=*-+/%~@.: \n\0019eAxλ", max_size=60)
     | CALLS

@@ -298,7 +298,7 @@ def test_script_with_a_syntax_error_shows_pythons_own_message(project):
 
 def test_tests_run_in_the_project_with_the_dev_extra_on_all_cores(project):
     process = project.run("test", "--all", "-k", "a b", by="good")
-    assert process.out == f"{project.root} {PARALLEL + ['--all', '-k', 'a b']}\n"
+    assert process.out == f"{project.root} {[*PARALLEL, '--all', '-k', 'a b']}\n"
     assert "it lacks tinydep>=1.2, pytest" in project.run("test", by="lacking").err
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import FREE_TEXTS, NUMBERS, bounded
 
-import inference
-import train
+import recipes
+from deploy import flags
 
 WORDS = (
     "7 28 1e9 2147483648 1_000 ٣ mnist digits auto cpu cuda cuda:99 cuda:-1 fast best article on"
@@ -19,13 +19,12 @@ VALUES = st.sampled_from([*WORDS.split(), *NUMBERS]) | FREE_TEXTS.filter(lambda 
 
 
 def parse_training_flags() -> None:
-    args, given = train.parse_args()
-    for dataset in ("mnist", "digits"):
-        chosen = train.settings_for(args.recipe, dataset, given)
-        assert chosen.keys() == train.DEFAULTS.keys()
+    options, given = recipes.parse_args()
+    for dataset in recipes.DATASET_SETTINGS:
+        recipes.resolve(options.recipe, dataset, given)
 
 
-SCRIPTS = [parse_training_flags, inference.parse_args]
+SCRIPTS = [parse_training_flags, flags.parse_args]
 
 
 def check_flags(run, main, arguments: list[str]) -> None:
