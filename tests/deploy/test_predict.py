@@ -14,11 +14,10 @@ from conftest import assert_one_error_line
 from PIL import Image, ImageDraw, ImageOps
 
 import inference
-from analysis.confidence import NONE
 from data.digits import load_digits
 from deploy.digit_image import MAX_SIDE
 from deploy.predict import BATCH_SIZE, predict
-from saving.checkpoint import load_checkpoint
+from saving.checkpoint import UNCALIBRATED, load_checkpoint
 from vit_model import ViT
 
 TEST = load_digits().test
@@ -82,7 +81,7 @@ def test_batches_give_what_one_image_at_a_time_gives():
     images = np.concatenate([IMAGES, IMAGES])[: BATCH_SIZE + 3]
     sizes = []
     model.head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    checkpoint = {"normalization": {"mean": 0.1307, "std": 0.3081}, "calibration": NONE}
+    checkpoint = {"normalization": {"mean": 0.1307, "std": 0.3081}, "calibration": UNCALIBRATED}
     together, strange = predict(model, images, checkpoint)
     assert sizes == [BATCH_SIZE, 3] and together.shape == (BATCH_SIZE + 3, 10)
     assert strange.shape == (BATCH_SIZE + 3,) and not strange.any()
