@@ -153,9 +153,10 @@ def work(folder, flags, environment, die_at=None, limit=None, output=None) -> No
     sys.stdout = open(f"out{rank}.txt", "w")  # noqa: SIM115
     sys.stderr = open(f"err{rank}.txt", "w")  # noqa: SIM115
     if output:
-        os.setsid()  # so that a terminal becomes its own
+        os.setsid()  # so that a terminal that it opens to read becomes its own
+        mode = os.O_WRONLY if Path(output).is_fifo() else os.O_RDWR
         for stream in (1, 2):
-            os.dup2(os.open(output, os.O_WRONLY), stream)
+            os.dup2(os.open(output, mode), stream)
         sys.stdout = open(1, "w")  # noqa: SIM115
         sys.stderr = open(2, "w") if os.isatty(2) else sys.stderr  # noqa: SIM115
     run_files.figures = NO_FIGURES

@@ -2,52 +2,46 @@
 
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
 from PIL import Image
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "report.py")
-
-
-def call(script: str, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, BENCHMARKS / script, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_benchmark_explains_itself_and_errs_in_one_line(run, script):
-    main = runpy.run_path(str(BENCHMARKS / script))["main"]
-    shown = run(main, "--help")
-    assert shown.status == 0 and "usage:" in shown.out and "--device" in shown.out
-    assert_one_error_line(run(main, "--device", "tpu"), "--device tpu", "expected auto, cpu")
-
-
 SHORT = {
-    "roofline.py": ["--recipe", "fast", "--turns", "1"],
-    "throughput.py": ["--steps", "1", "--turns", "1", "--batch_size", "8", "--data_dir", MNIST],
-    "scaling.py": ["--processes", "2", "--steps", "1", "--data_dir", MNIST],
-    "optimizers.py": ["--only", "sgd", "--train_samples", "200", "--data_dir", MNIST],
-    "accuracy.py": [
-        *["--seeds", "2", "--epochs", "1", "--data_dir", MNIST],
-        "--flags=--train_samples 200 --depth 1 --embed_dim 16",
-    ],
+    "roofline.py": "--recipe fast --turns 1",
+    "throughput.py": f"--steps 1 --turns 1 --batch_size 8 --data_dir {MNIST}",
+}
+IN_PROCESSES = {  # of their own they train
+    "scaling.py": f"--processes 2 --steps 1 --data_dir {MNIST}",
+    "optimizers.py": f"--only sgd --train_samples 200 --data_dir {MNIST}",
+    "accuracy.py": f"--seeds 2 --epochs 1 --data_dir {MNIST} "
+    "'--flags=--train_samples 200 --depth 1 --embed_dim 16'",
 }
 
 
-@needs_mnist
-@pytest.mark.parametrize("script", SHORT)
-def test_a_benchmark_prints_its_table(script):
-    done = call(script, *SHORT[script], "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    title, command, machine, header, line, *rows = [
-        line for line in done.stdout.splitlines() if line
-    ]
-    assert title.startswith("### ") and command.startswith(f"`python benchmarks/{script} ")
+@pytest.fixture
+def bench(run):
+    """bench(script, *flags): run a benchmark, as `run` does."""
+    return lambda script, *flags: run(runpy.run_path(str(BENCHMARKS / script))["main"], *flags)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_benchmark_explains_itself_and_errs_in_one_line(bench, script):
+    shown = bench(script, "--help")
+    assert shown.status == 0 and "usage:" in shown.out and "--device" in shown.out
+    assert_one_error_line(bench(script, "--device", "tpu"), "--device tpu", "expected auto, cpu")
+
+
+def assert_is_table(printed: str) -> None:
+    title, command, machine, header, line, *rows = [each for each in printed.splitlines() if each]
+    assert title.startswith("### ") and command.startswith("`python benchmarks/")
     assert re.search(r"\d{4}-\d\d-\d\d; .*, \d+ threads?; Python .*, PyTorch ", machine)
     cells = header.count("|")
     assert set(line) == {"|", "-"} and line.count("|") == cells
@@ -56,11 +50,27 @@ def test_a_benchmark_prints_its_table(script):
 
 
 @needs_mnist
-def test_photos_of_paper_are_counted_by_kind_and_kept_on_demand(run, trained, tmp_path):
-    main = runpy.run_path(str(BENCHMARKS / "paper.py"))["main"]
+@pytest.mark.parametrize("script", SHORT)
+def test_a_benchmark_prints_its_table(bench, script):
+    done = bench(script, *SHORT[script].split(), "--device", "cpu")
+    assert done.status == 0, done.err
+    assert_is_table(done.out)
+
+
+@needs_mnist
+@pytest.mark.slow
+@pytest.mark.parametrize("script", IN_PROCESSES)
+def test_a_benchmark_that_trains_in_processes_prints_its_table(script):
+    flags = [*shlex.split(IN_PROCESSES[script]), "--device", "cpu"]
+    command = [sys.executable, BENCHMARKS / script, *flags]
+    assert_is_table(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@needs_mnist
+def test_photos_of_paper_are_counted_by_kind_and_kept_on_demand(bench, trained, tmp_path):
     flags = ["--checkpoint", trained / "checkpoints" / "best_model.pt", "--data_dir", MNIST]
     flags += ["--images", 2, "--kinds", "ruled", "16 bits", "--save", "photos", "--split", "val"]
-    result = run(main, *flags)
+    result = bench("paper.py", *flags)
     assert result.status == 0
     rows = [line.split(" | ")[0] for line in result.out.splitlines() if line.startswith("| ")]
     assert rows[1:] == ["| ruled", "| 16 bits", "| **over all**", "| the digits themselves"]
@@ -68,14 +78,12 @@ def test_photos_of_paper_are_counted_by_kind_and_kept_on_demand(run, trained, tm
     assert sorted(p.suffix for p in photos) == [".jpg", ".jpg", ".png", ".png"]
     assert all(min(Image.open(p).size) >= 300 for p in photos)
     first = {p.name: p.read_bytes() for p in photos}
-    assert run(main, *flags).out == result.out
+    assert bench("paper.py", *flags).out == result.out
     assert {p.name: p.read_bytes() for p in photos} == first
 
 
 def test_a_record_is_appended_to_what_is_there(tmp_path, monkeypatch, capsys):
     import report
-
-    import torch
 
     monkeypatch.setattr(report, "RECORDS", tmp_path / "RECORDS.md")
     monkeypatch.setattr(sys, "argv", ["benchmarks/some.py", "--flags=--a 1", "--record"])

@@ -35,33 +35,21 @@ if __name__ == "__main__":
     print(json.dumps([sys.argv, os.getcwd(), sys.executable, torch.__file__]))
     sys.exit(int(sys.argv[-1]) if sys.argv[-1].isdigit() else 0)
 '''
-WAIT = '''"""Wait for a signal."""
-import signal, sys, time
+WAIT = '''"""Wait for a signal; as process 1 of several, end."""
+import os, signal, sys, time
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE".split()
+    print("ready", *filter(None, map(os.environ.get, names)), flush=True)
+    end = sys.argv[-1]
+    if end == "0" or (end.isdigit() and os.environ.get("RANK") == "1"):
+        os.kill(os.getpid(), 9) if end == "9" else sys.exit(int(end))
     try:
-        print("ready", flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         if "--catch" in sys.argv:
             sys.exit(130)
         raise
-'''
-TRAIN = '''"""Train."""
-import os, signal, sys, time
-def stop(*_):
-    os.write(1, b"told to stop\\n")
-    os._exit(7)
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
-    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE".split()
-    print(*map(os.environ.get, names), "VIT_MNIST_STORE" in os.environ, flush=True)
-    what, number = sys.argv[1], int(sys.argv[2])
-    if what == "exit" and (number == 0 or os.environ["RANK"] == "1"):
-        sys.exit(number)
-    if what == "kill" and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), number)
-    time.sleep(60)
 '''
 TORCH = """
 from types import SimpleNamespace
@@ -154,9 +142,7 @@ class Project:
         (self.root / "src" / "show.py").write_text(SHOW)
         (self.root / "src" / "wait.py").write_text(WAIT)
         (self.root / "src" / "helper.py").write_text('"""Not to be run."""\n')
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "PYTHON"))}
-        for name in ("VIRTUAL_ENV", "VIT_MNIST_PYTHON"):
-            kept.pop(name, None)
+        kept = {k: v for k, v in os.environ.items() if k in ("HOME", "LD_LIBRARY_PATH", "TMPDIR")}
         offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": self.wheels.as_uri()}
         settings = {"PATH": str(self.bin), "PIP_CONFIG_FILE": os.devnull, "PYTHONNOUSERSITE": "1"}
         self.env = {**kept, **settings, **offline}
@@ -252,32 +238,27 @@ def test_signals_reach_the_script(project, flags, number, status):
 
 
 def test_processes_that_train_together_know_their_places_and_end_together(project):
-    (project.root / "src" / "train.py").write_text(TRAIN)
+    (project.root / "src" / "train.py").write_text(WAIT)
     text = LAUNCHER.read_text().replace("PATIENCE = 5 ", "PATIENCE = 0.1 ")
     (project.root / "launch.py").write_text(text)
-
-    def start(*flags):
-        return project.popen("--nproc", 3, "train.py", *flags, by="good")
-
-    process = start("exit", 0)
-    out, _ = process.communicate(timeout=20)
+    together = ("--nproc", 3, "train.py")
+    process = project.run(*together, 0, by="good")
     assert process.returncode == 0
-    assert sorted(out.splitlines()) == [f"{rank} {rank} 3 3 True" for rank in "012"]
-    for flags, status, error in (  # process 1 does it, the others would wait for a minute
-        (("exit", 2), 2, ""),  # wrong usage, of which it has told
-        (("exit", 1), 1, ""),
-        (("kill", 9), 2, "error: process 1 of 3 was ended by SIGKILL, and so the others have been"),
+    assert sorted(process.out.splitlines()) == [f"ready {rank} {rank} 3 3" for rank in "012"]
+    # Process 1 fails, and the others would wait for a minute.
+    for end, status, error in (
+        (2, 2, ""),
+        (1, 1, ""),
+        (9, 2, "process 1 of 3 was ended by SIGKILL"),
     ):
-        process = start(*flags)
-        _, err = process.communicate(timeout=20)
-        assert process.returncode == status and "Traceback" not in err
-        assert error in err and err.count("error: ") == bool(error)
-    process = start("wait", 0)
-    for _ in range(3):
-        process.stdout.readline()
+        process = project.run(*together, end, by="good")
+        assert process.returncode == status and error in process.err
+        assert process.err.count("error: ") == bool(error)  # the others have told of theirs
+    process = project.popen(*together, by="good")
+    assert [process.stdout.readline()[:5] for _ in range(3)] == ["ready"] * 3
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=20)
-    assert process.returncode == 7 and out.count("told to stop") == 3
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 7 and "error" not in err
 
 
 def test_without_a_script_it_lists_what_can_be_run(project):
@@ -299,7 +280,10 @@ def test_script_with_a_syntax_error_shows_pythons_own_message(project):
 def test_tests_run_in_the_project_with_the_dev_extra_on_all_cores(project):
     process = project.run("test", "--all", "-k", "a b", by="good")
     assert process.out == f"{project.root} {[*PARALLEL, '--all', '-k', 'a b']}\n"
-    assert "it lacks tinydep>=1.2, pytest" in project.run("test", by="lacking").err
+    process = project.popen("test", by="lacking")
+    assert "it lacks tinydep>=1.2, pytest" in process.stderr.readline()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def test_what_cannot_be_understood_is_one_error_line(project, tmp_path):

@@ -1,5 +1,7 @@
 """Settings: one field a flag; what a file says of them is checked as the command line is."""
 
+import math
+import re
 from dataclasses import asdict, replace
 from types import ModuleType
 
@@ -23,6 +25,17 @@ from recipes import (
 
 SETTINGS = asdict(Settings())
 STORED = [name for name, flag in FLAGS.items() if flag.metadata["stored"]]
+# Whole numbers from, to; then others from (or, with a round bracket, above), below.
+BOUNDS = """
+epochs [1, 1000000] batch_size [1, 2147483648] warmup_epochs [0, 2147483648]
+swa_start [1, 2147483648] swa_anneal_epochs [0, 2147483648] patch_size [1, 2147483648]
+embed_dim [1, 100000] depth [1, 10000] num_heads [1, 2147483648] train_samples [1, 2147483648]
+num_workers [0, 256] seed [0, 2147483648] grad_accum_steps [1, 1000000]
+save_every_steps [1, 2147483648]
+label_smoothing [0, 1) lr (0, inf) head_lr (0, inf) swa_lr (0, inf) weight_decay [0, inf)
+grad_clip [0, inf) ema_decay [0, 1) mlp_ratio (0, 1000) dropout [0, 1) rotate [0, 181)
+translate [0, 1) scale [0, 1) shear [0, 90) elastic [0, 28) erase [0, 1)
+"""
 NOTHING = object()
 
 
@@ -85,6 +98,21 @@ def test_a_setting_from_before_there_was_one_is_off_and_an_option_must_be_there(
     else:
         with pytest.raises(KeyError):
             from_stored(stored(**{name: NOTHING}))
+
+
+def test_every_number_has_its_bounds():
+    bounds = re.findall(r"(\w+) ([[(])(\S+), (\S+)([])])", BOUNDS)
+    numbers = {name for name, flag in FLAGS.items() if "." in flag.metadata["type"].__qualname__}
+    assert {name for name, *_ in bounds} == numbers
+    for name, start, low, high, end in bounds:
+        kind, step = (int, 1) if end == "]" else (float, 1e-9)
+        low, high = kind(low), min(kind(high), 1e300)
+        for value in (low + step * (start == "("), high - step * (end == ")")):
+            assert parse_args([f"--{name}={value}"])[1][name] == value
+        above = math.inf if high == 1e300 else high + step * (end == "]")
+        for value in (low - step * (start == "["), above, math.nan):
+            with pytest.raises(UserError, match=f"--{name}: '{value}' given, expected "):
+                parse_args([f"--{name}={value}"])
 
 
 def test_flags_win_over_the_data_set_that_over_the_recipe_and_that_over_the_defaults():

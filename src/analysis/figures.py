@@ -47,7 +47,7 @@ def png(figure: Figure) -> bytes:
 def one_line(text: str, limit: int) -> str:
     """A text from an untrusted file as one printable line of at most `limit` characters."""
     text = " ".join(text[: 20 * limit].split())
-    text = "".join(c for c in text)
+    text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

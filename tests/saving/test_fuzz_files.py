@@ -4,6 +4,7 @@ and memory, and nothing that it carries is run."""
 import io
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -45,7 +46,7 @@ def is_refused(folder: Path, content: bytes) -> bool:
             config = checkpoint["model_config"]
             logits = model(torch.rand(2, config["in_chans"], *[config["img_size"]] * 2))
             assert logits.shape == (2, config["num_classes"]) == (2, len(checkpoint["class_names"]))
-            assert logits.isfinite().all()
+            assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
             assert checkpoint["normalization"]["std"] > 0
             assert 0 <= checkpoint["settings"]["label_smoothing"] <= 1
             assert 0 < checkpoint["calibration"]["temperature"] < 1000
@@ -74,6 +75,7 @@ def test_loader_on_a_damaged_archive(whole, tmp_path, plan):
     is_refused(tmp_path, rezipped(whole.read_bytes(), plan))
 
 
+@FEW
 @given(plan=STRUCTURE_EDITS)
 def test_other_structures(whole, run, tmp_path, plan):
     """Loaded, and then used by a command, which prints names and numbers of it."""
@@ -85,6 +87,7 @@ def test_other_structures(whole, run, tmp_path, plan):
         result = run(inference.main, *flags, whole.with_name("digit.png"))
     assert result.status == 0 or assert_one_error_line(result) is None
     assert result.out.replace("\n", "").isprintable()
+    shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
 
 
 REFUSED = {

@@ -107,7 +107,7 @@ def test_a_run_that_is_stopped_thrice_goes_on_bit_for_bit(run, complete, folder,
 
 
 @posix
-def test_a_second_ctrl_c_stops_at_once_and_the_last_save_stays(run, folder, at_step):
+def test_a_second_ctrl_c_stops_at_once_and_the_last_save_stays(run, complete, folder, at_step):
     folder("run")
 
     def twice() -> None:
@@ -119,6 +119,10 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_save_stays(run, folder, at_s
     assert result.status == 130
     assert "from the last save, run this again with: --resume" in result.err
     assert read(LAST)["position"] | {"totals": None} == {"epoch": 1, "step": 0, "totals": None}
+    # A new run says that it replaces an unfinished one, and only that.
+    result = complete(*TINY, "--epochs", 1)
+    assert "note: checkpoints/last.pt holds a run that stopped after 1 of 4 epochs" in result.err
+    assert complete(*TINY, "--epochs", 1).err == ""
 
 
 @posix
@@ -143,28 +147,19 @@ def test_ctrl_c_in_a_save_stops_in_good_order(run, complete, folder, monkeypatch
     assert_same_run(here, reference)
 
 
-def test_a_finished_run_can_be_given_more_epochs(complete, folder):
+def test_a_finished_run_can_be_given_more_epochs_also_in_another_folder(complete, folder):
     long = folder("long")
     complete(*CONSTANT)
     folder("short")
     complete(*CONSTANT, "--epochs", 2)
-    complete("--resume", "--epochs", 4)
-    assert differences(read(LAST)["model_state_dict"], read(long / LAST)["model_state_dict"]) == []
+    complete("--resume", "--epochs", 4, "--save_dir", "other")
+    last, expected = read("other/last.pt"), read(long / LAST)
+    assert differences(last["model_state_dict"], expected["model_state_dict"]) == []
+    assert differences(last["best"], expected["best"]) == []
     todo = Path("TODO.md").read_text()
     assert todo.count("| done |") == 4 and "not started" not in todo
-    result = complete("--resume")  # nothing left to train: it is scored again
-    assert f"Test Acc: {history()['test']['top1']:.2f} %" in result.out
-
-
-def test_a_run_can_go_on_in_another_folder(run, complete, folder, at_step):
-    reference = folder("reference")
-    complete(*TINY)
-    folder("moved")
-    at_step(20, lambda: signal.raise_signal(signal.SIGINT))
-    assert run(train.main, *TINY).status == 130
-    complete("--resume", LAST, "--save_dir", "other")
-    for name in ("last.pt", "best_model.pt"):
-        assert differences(read(Path("other", name)), read(reference / "checkpoints" / name)) == []
+    result = complete("--resume", "other")  # nothing left to train: it is scored again
+    assert f"Test Acc: {history('other')['test']['top1']:.2f} %" in result.out
 
 
 # ---------------------------------------------------------------------- killed processes, full disk
@@ -327,10 +322,6 @@ def stopped(tmp_path_factory) -> Path:
         ("--dataset mnist", "--dataset mnist contradicts digits"),
         ("--no_decay", "--no_decay contradicts False"),
         ("--optimizer SGD", "--optimizer SGD contradicts AdamW"),
-        ("--epochs 0", "--epochs '0'"),
-        ("--save_every_steps 0", "--save_every_steps '0'"),
-        ("--on_nonfinite hope", "--on_nonfinite hope stop skip"),
-        ("--grad_accum_steps 0", "--grad_accum_steps '0'"),
     ],
 )
 def test_a_flag_that_contradicts_the_run_is_refused(run, stopped, flags, words):
@@ -359,36 +350,33 @@ def test_last_pt_is_a_checkpoint_too_but_no_other_checkpoint_is_a_run(run, stopp
 
 
 @pytest.mark.parametrize(
-    "harm",
+    ("place", "changes"),
     [
-        lambda state: state["run"]["settings"].update(lr="nan"),
-        lambda state: state["run"]["settings"].update(depth=10**9),
-        lambda state: state["run"]["settings"].update(optimizer="__import__('os')"),
-        lambda state: state["run"].pop("seed"),
-        lambda state: state["run"].update(dataset="--todo_path=x"),
-        lambda state: state["run"].update(fingerprint="0123456789ab\ntest_acc: 100"),
-        lambda state: state["run"].update(fingerprint=torch.zeros(3)),
-        lambda state: state["position"].update(epoch=-1),
-        lambda state: state["position"].update(step=10**9),
-        lambda state: state["position"]["totals"].update(lrs=[1, 2, 3]),
-        lambda state: state["history"][0].update(val_loss="high"),
-        lambda state: state["history"].append({}),
-        lambda state: state["best"].update(acc=[]),
-        lambda state: state["optimizer_state_dict"]["state"][0].update(exp_avg=torch.zeros(3)),
-        lambda state: state["optimizer_state_dict"].update(state=7),
-        lambda state: state["scheduler_state_dict"].update(val_losses="abc"),
-        lambda state: state["random"][0].update(torch=torch.zeros(3)),
-        lambda state: state["random"][0].update(numpy=None),
-        lambda state: state["raw_model_state_dict"].pop("head.bias"),
-        lambda state: state.update(average_state_dict=None, random=None),
+        ("run settings", {"lr": "nan", "depth": 10**9, "optimizer": "__import__('os')"}),
+        ("run", {"seed": None, "dataset": "--todo_path=x", "settings": 7}),
+        ("run", {"fingerprint": "0123456789ab\ntest_acc: 100"}),
+        ("position", {"epoch": -1, "step": 10**9}),
+        ("position totals", {"lrs": [1, 2, 3], "seconds": "long"}),
+        ("history 0", {"val_loss": "high", "lr": {}, "strange": 1}),
+        ("best", {"acc": [], "epoch": 2}),
+        ("optimizer_state_dict", {"state": 7, "param_groups": []}),
+        ("optimizer_state_dict state 0", {"exp_avg": torch.zeros(3)}),
+        ("scheduler_state_dict", {"val_losses": "abc"}),
+        ("random 0", {"torch": torch.zeros(3), "numpy": None}),
+        ("raw_model_state_dict", {"head.bias": torch.zeros(3)}),
+        ("", {"average_state_dict": None, "random": None, "history": [{}, {}], "run": None}),
     ],
 )
-def test_a_state_that_was_tampered_with_ends_in_one_line(run, stopped, harm):
-    state = read(stopped / LAST)
-    harm(state)
-    save_checkpoint("last.pt", state)
-    result = run(train.main, "--resume", "last.pt", "--epochs", 2, *HERE)
-    assert_one_error_line(result)
+def test_a_state_that_was_tampered_with_ends_in_one_line(run, stopped, place, changes):
+    for name, value in changes.items():
+        state = read(stopped / LAST)
+        harmed = state
+        for key in place.split():
+            harmed = harmed[int(key) if key.isdigit() else key]
+        harmed[name] = value
+        save_checkpoint("last.pt", state)
+        result = run(train.main, "--resume", "last.pt", "--epochs", 2, *HERE)
+        assert_one_error_line(result)
 
 
 def test_paths_are_not_taken_from_the_file(complete, stopped):
@@ -477,15 +465,6 @@ def test_every_random_generator_is_put_back():
     assert [one() for one in draw for _ in range(3)] == then
     resume.seed_generators(3)
     assert [one() for one in draw for _ in range(3)] == first
-
-
-def test_a_new_run_says_that_it_replaces_an_unfinished_one(run, complete, folder, at_step):
-    folder("run")
-    at_step(8, lambda: signal.raise_signal(signal.SIGINT))
-    assert run(train.main, *TINY).status == 130
-    result = complete(*TINY, "--epochs", 1)
-    assert "note: checkpoints/last.pt holds a run that stopped after 1 of 4 epochs" in result.err
-    assert complete(*TINY, "--epochs", 1).err == ""  # that one was finished
 
 
 def test_a_lost_best_model_is_said_and_replaced(complete, folder):
