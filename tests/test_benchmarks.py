@@ -16,9 +16,9 @@ sys.path.insert(0, str(BENCHMARKS))
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "report.py")
 SHORT = {
     "roofline.py": "--recipe fast --turns 1",
-    "throughput.py": f"--steps 1 --turns 1 --batch_size 8 --data_dir {MNIST}",
 }
 IN_PROCESSES = {  # of their own they train
+    "throughput.py": f"--steps 1 --turns 1 --batch_size 8 --data_dir {MNIST}",
     "scaling.py": f"--processes 2 --steps 1 --data_dir {MNIST}",
     "optimizers.py": f"--only sgd --train_samples 200 --data_dir {MNIST}",
     "accuracy.py": f"--seeds 2 --epochs 1 --data_dir {MNIST} "

@@ -40,11 +40,11 @@ import os, signal, sys, time
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE".split()
-    print("ready", *filter(None, map(os.environ.get, names)), flush=True)
     end = sys.argv[-1]
-    if end == "0" or (end.isdigit() and os.environ.get("RANK") == "1"):
-        os.kill(os.getpid(), 9) if end == "9" else sys.exit(int(end))
     try:
+        print("ready", *filter(None, map(os.environ.get, names)), flush=True)
+        if end == "0" or (end.isdigit() and os.environ.get("RANK") == "1"):
+            os.kill(os.getpid(), 9) if end == "9" else sys.exit(int(end))
         time.sleep(60)
     except KeyboardInterrupt:
         if "--catch" in sys.argv:

@@ -152,7 +152,7 @@ def test_a_finished_run_can_be_given_more_epochs_also_in_another_folder(complete
     complete(*CONSTANT)
     folder("short")
     complete(*CONSTANT, "--epochs", 2)
-    complete("--resume", "--epochs", 4, "--save_dir", "other")
+    complete("--resume", "checkpoints", "--epochs", 4, "--save_dir", "other")
     last, expected = read("other/last.pt"), read(long / LAST)
     assert differences(last["model_state_dict"], expected["model_state_dict"]) == []
     assert differences(last["best"], expected["best"]) == []
@@ -364,7 +364,7 @@ def test_last_pt_is_a_checkpoint_too_but_no_other_checkpoint_is_a_run(run, stopp
         ("scheduler_state_dict", {"val_losses": "abc"}),
         ("random 0", {"torch": torch.zeros(3), "numpy": None}),
         ("raw_model_state_dict", {"head.bias": torch.zeros(3)}),
-        ("", {"average_state_dict": None, "random": None, "history": [{}, {}], "run": None}),
+        ("", {"random": None, "history": [{}, {}], "run": None}),
     ],
 )
 def test_a_state_that_was_tampered_with_ends_in_one_line(run, stopped, place, changes):
