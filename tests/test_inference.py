@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 import inference
-from analysis import figures
+from analysis import figures, model_figures
 from data.digits import load_digits
 from data.mnist import load_mnist
 from vit_model import ViT
@@ -86,7 +86,7 @@ def test_visualize_draws_sixteen_test_images(run, tmp_path, checkpoint):
 
 
 def test_titles_are_green_where_right_and_red_where_wrong():
-    figure = figures.predictions(
+    figure = model_figures.predictions(
         np.zeros((2, 28, 28)), ["3", "5"], ["3", "6"], [0.996, 0.51], "two"
     )
     titles = [axes.title for axes in figure.axes if axes.get_title()]

@@ -351,8 +351,9 @@ def test_an_unfinished_runs_history_is_drawn(write):
 
 
 def test_a_long_table_is_cut(write):
-    _, *texts = write({}, settings={f"setting {i}": i for i in range(report.MAX_ROWS + 7)})
-    for text in texts:
+    _, page, markdown = write({}, settings={f"setting {i}": i for i in range(report.MAX_ROWS + 7)})
+    assert "| setting 5 | 5 |" in markdown and "<td>setting 5</td><td>5</td>" in page
+    for text in (page, markdown):
         assert "(7 more rows are not shown)" in text
         assert f"setting {report.MAX_ROWS - 1}" in text and f"setting {report.MAX_ROWS}" not in text
 
