@@ -132,7 +132,7 @@ def write_report(
     sections.append(_settings(checkpoint, history))
     if notes:
         sections.append(Section("Left out", text=" ".join(f"{note}." for note in notes)))
-    # Two folders are enough to recognise it; a report is shown to others.
+    # Only two folders of the path: a report is shown to others.
     shown = one_line(str(Path(*Path(checkpoint_path).parts[-3:])), 200)
     right = f"{100 * outputs.correct.mean():.2f} % right"
     content = {
@@ -160,10 +160,10 @@ def escape_markdown(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|~!])", r"\\\1", html.escape(str(value), quote=False))
 
 
-_LOOK = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
-_LOOK["loader"] = FileSystemLoader(Path(__file__).parent)
-HTML = Environment(autoescape=True, **_LOOK).get_template("report.html.j2")
-MARKDOWN = Environment(finalize=escape_markdown, **_LOOK).get_template("report.md.j2")
+_OPTIONS = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+_OPTIONS["loader"] = FileSystemLoader(Path(__file__).parent)
+HTML = Environment(autoescape=True, **_OPTIONS).get_template("report.html.j2")
+MARKDOWN = Environment(finalize=escape_markdown, **_OPTIONS).get_template("report.md.j2")
 
 
 # ------------------------------------------------------------------- the sections
