@@ -167,7 +167,8 @@ def test_faster_arithmetic_learns_alike(complete, one, another, tolerance):
         complete(*TINY, *f"--epochs=3 --dropout=0 --precision=fp32 {flag}".split())
         losses.append(history()["epochs"][-1]["train_loss"])
         assert history()["precision"] in flag or "compile" in flag
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=tolerance)
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    assert losses[0] != losses[1] or "compile" in one
 
 
 def test_an_epochs_averages_are_exact_over_its_images(complete):
