@@ -16,8 +16,6 @@ sys.path.insert(0, str(BENCHMARKS))
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "report.py")
 SHORT = {
     "roofline.py": "--recipe fast --turns 1",
-}
-IN_PROCESSES = {  # of their own they train
     "throughput.py": f"--steps 1 --turns 1 --batch_size 8 --data_dir {MNIST}",
     "scaling.py": f"--processes 2 --steps 1 --data_dir {MNIST}",
     "optimizers.py": f"--only sgd --train_samples 200 --data_dir {MNIST}",
@@ -39,31 +37,19 @@ def test_every_benchmark_explains_itself_and_errs_in_one_line(bench, script):
     assert_one_error_line(bench(script, "--device", "tpu"), "--device tpu", "expected auto, cpu")
 
 
-def assert_is_table(printed: str) -> None:
+@needs_mnist
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SHORT)
+def test_a_benchmark_prints_its_table(script):
+    command = [sys.executable, BENCHMARKS / script, *shlex.split(SHORT[script]), "--device", "cpu"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     title, command, machine, header, line, *rows = [each for each in printed.splitlines() if each]
-    assert title.startswith("### ") and command.startswith("`python benchmarks/")
+    assert title.startswith("### ") and command.startswith(f"`python benchmarks/{script} ")
     assert re.search(r"\d{4}-\d\d-\d\d; .*, \d+ threads?; Python .*, PyTorch ", machine)
     cells = header.count("|")
     assert set(line) == {"|", "-"} and line.count("|") == cells
     table = [row for row in rows if row.startswith("|")]
     assert table and all(row.count("|") == cells for row in table)
-
-
-@needs_mnist
-@pytest.mark.parametrize("script", SHORT)
-def test_a_benchmark_prints_its_table(bench, script):
-    done = bench(script, *SHORT[script].split(), "--device", "cpu")
-    assert done.status == 0, done.err
-    assert_is_table(done.out)
-
-
-@needs_mnist
-@pytest.mark.slow
-@pytest.mark.parametrize("script", IN_PROCESSES)
-def test_a_benchmark_that_trains_in_processes_prints_its_table(script):
-    flags = [*shlex.split(IN_PROCESSES[script]), "--device", "cpu"]
-    command = [sys.executable, BENCHMARKS / script, *flags]
-    assert_is_table(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @needs_mnist

@@ -101,7 +101,7 @@ def test_a_setting_from_before_there_was_one_is_off_and_an_option_must_be_there(
 
 
 def test_every_number_has_its_bounds():
-    bounds = re.findall(r"(\w+) ([[(])(\S+), (\S+)([])])", BOUNDS)
+    bounds = re.findall(r"(\w+) ([\[(])(\S+), (\S+)([\])])", BOUNDS)
     numbers = {name for name, flag in FLAGS.items() if "." in flag.metadata["type"].__qualname__}
     assert {name for name, *_ in bounds} == numbers
     for name, start, low, high, end in bounds:

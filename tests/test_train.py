@@ -153,14 +153,22 @@ def test_one_seed_gives_bit_identical_weights_and_another_does_not(complete):
 # ------------------------------------------------------------------------------------- the steps
 
 
-def test_fp32_and_bf16_learn_alike(complete):
+@pytest.mark.parametrize(
+    ("one", "another", "tolerance"),
+    [
+        ("--precision fp32", "--precision bf16", 0.02),
+        # Where the order of sums is all that may differ.
+        pytest.param("--compile off", "--compile on", 1e-3, marks=pytest.mark.slow),
+    ],
+)
+def test_faster_arithmetic_learns_alike(complete, one, another, tolerance):
     losses = []
-    for precision in ("fp32", "bf16"):
-        complete(*TINY, "--epochs=3", "--precision", precision)
-        assert history()["precision"] == precision
+    for flag in (one, another):
+        complete(*TINY, *f"--epochs=3 --dropout=0 --precision=fp32 {flag}".split())
         losses.append(history()["epochs"][-1]["train_loss"])
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+        assert history()["precision"] in flag or "compile" in flag
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    assert losses[0] != losses[1] or "compile" in one
 
 
 def test_an_epochs_averages_are_exact_over_its_images(complete):
@@ -275,16 +283,6 @@ def test_compiling_counts_as_time_of_the_run_but_not_in_the_rate(complete, monke
     timing = Path("checkpoints/timing_cpu.txt").read_text()
     assert row["seconds"] >= 1 and f"total_train_time: {row['seconds']:.2f}" in timing
     assert 100 / row["images_per_second"] <= row["seconds"] - 1
-
-
-@pytest.mark.slow
-def test_compiled_training_learns_the_same(complete):
-    """In fp32 and without dropout, where the order of sums is all that may differ."""
-    losses = []
-    for mode in ("off", "on"):
-        complete(*TINY, *"--epochs=2 --dropout=0 --precision=fp32 --compile".split(), mode)
-        losses.append(history()["epochs"][-1]["train_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_where_compiling_fails_training_goes_on_with_a_note(complete, monkeypatch):

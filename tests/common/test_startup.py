@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, assert_one_error_line, posix
@@ -15,18 +16,15 @@ BENCHMARKS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.
 NEEDED = {"optim.py": ["--list"]}  # flags without which a script does nothing
 THREADS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
 OURS = (*THREADS, "LOCAL_WORLD_SIZE", "RANK")
-# Runs a script up to its first import of something large, and prints the first three there.
-UP_TO_PYTORCH = f"""
-import os, runpy, sys
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "numpy", "scipy", "sklearn"):
-            print(*(os.environ.get(name) for name in {THREADS}), flush=True)
-            os._exit(0)
-sys.meta_path.insert(0, Watch())
-del sys.argv[0]
-sys.path[:0] = [os.path.dirname(sys.argv[0]), "src"]
-runpy.run_path(sys.argv[0], run_name="__main__")
+# In place of PyTorch and NumPy: it prints what these variables are, and takes a while.
+HEAVY = f"""
+import os, time
+print(*(os.environ.get(name) for name in {THREADS}), flush=True)
+try:
+    time.sleep(float(os.environ.get("IMPORT_SECONDS", 0)))
+except BaseException:  # as some packages do
+    pass
+os._exit(7)
 """
 
 
@@ -34,46 +32,45 @@ def environment(**given: str) -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name not in OURS}, **given}
 
 
-def up_to_pytorch(script, *flags: str, **given: str) -> subprocess.CompletedProcess:
-    flags = flags or NEEDED.get(script.name, [])
-    done = subprocess.run(
-        [sys.executable, "-c", UP_TO_PYTORCH, script, *flags],
-        cwd=ROOT,
-        env=environment(**given),
-        capture_output=True,
-        text=True,
-    )
-    done.status, done.out, done.err = done.returncode, done.stdout, done.stderr
-    return done
+@pytest.fixture
+def start_script(tmp_path):
+    """start_script(path, *flags, **environment) -> its process."""
+
+    def start(script, *flags: str, **given: str) -> subprocess.Popen:
+        for name in ("torch", "numpy"):
+            (tmp_path / f"{name}.py").write_text(HEAVY)
+        given["PYTHONPATH"] = os.pathsep.join(map(str, (tmp_path, ROOT / "src")))
+        command = [sys.executable, script, *(flags or NEEDED.get(script.name, []))]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=environment(**given), **pipes)
+
+    return start
 
 
-def threads_at_import(script, **given: str) -> list[str]:
-    """The variables of THREADS when `script` imports PyTorch."""
-    done = up_to_pytorch(script, **given)
-    assert done.status == 0, done.err
-    return done.out.split()
+def result(process: subprocess.Popen) -> SimpleNamespace:
+    out, err = process.communicate(timeout=20)
+    return SimpleNamespace(status=process.returncode, out=out, err=err)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_flags_are_answered_before_pytorch_is_imported(script):
-    shown = up_to_pytorch(script, "--help")
+def test_flags_are_answered_before_pytorch_is_imported(start_script, script):
+    shown = result(start_script(script, "--help"))
     assert shown.status == 0 and shown.out.startswith("usage: ") and shown.err == ""
-    assert_one_error_line(up_to_pytorch(script, "--devise", "cpu"), "unknown argument --devise")
-
-
-def test_values_of_flags_are_checked_before_pytorch_is_imported():
-    result = up_to_pytorch(SCRIPTS[0], "--epochs", "0")
-    assert_one_error_line(result, "--epochs: '0' given", "at least 1")
+    wrong = result(start_script(script, "--devise", "cpu"))
+    assert_one_error_line(wrong, "unknown argument --devise")
+    if script.name == "train.py":
+        wrong = result(start_script(script, "--epochs", "0"))
+        assert_one_error_line(wrong, "--epochs: '0' given", "at least 1")
 
 
 @pytest.mark.parametrize(
     "script", [*SCRIPTS, *BENCHMARKS, ROOT / "tests" / "conftest.py"], ids=lambda path: path.name
 )
-def test_the_spin_count_is_set_before_anything_with_threads_is_imported(script):
-    assert threads_at_import(script)[0] == str(startup.SPIN_COUNT)
+def test_the_spin_count_is_set_before_anything_with_threads_is_imported(start_script, script):
+    assert result(start_script(script)).out.split()[0] == str(startup.SPIN_COUNT)
 
 
-def test_what_the_user_has_set_stays_and_processes_share_the_cores():
+def test_what_the_user_has_set_stays_and_processes_share_the_cores(start_script):
     ours = str(startup.SPIN_COUNT)
     for given, found in (
         ({"GOMP_SPINCOUNT": "7"}, ["7", "None", "None"]),
@@ -82,7 +79,53 @@ def test_what_the_user_has_set_stays_and_processes_share_the_cores():
         ({"LOCAL_WORLD_SIZE": "2"}, [ours, "None", str(max(1, startup.cores() // 2))]),
         ({"LOCAL_WORLD_SIZE": "1000"}, [ours, "None", "1"]),
     ):
-        assert threads_at_import(SCRIPTS[0], **given) == found
+        assert result(start_script(SCRIPTS[0], **given)).out.split() == found
+
+
+# ---- Ctrl-C and a reader who has gone ------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("script", [*SCRIPTS, BENCHMARKS[0]], ids=lambda path: path.name)
+def test_ctrl_c_while_pytorch_is_imported_ends_in_one_line(start_script, script):
+    """Of the first, where there are several processes."""
+    for rank, line in (("0", "interrupted\n"), ("1", "")):
+        process = start_script(script, IMPORT_SECONDS="60", RANK=rank)
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        ended = result(process)
+        assert (ended.status, ended.err) == (130, line)
+
+
+@posix
+def test_ctrl_c_that_is_ignored_stays_ignored(start_script):
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits
+    try:
+        process = start_script(SCRIPTS[0], IMPORT_SECONDS="0.5")
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    ended = result(process)
+    assert (ended.status, ended.err) == (7, "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # the tests' own
+
+
+@posix
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_gone_leaves_no_traceback(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", "from common import cli; cli.run(lambda: print('line'))"],
+        cwd=ROOT / "src",
+        env=environment(PYTHONUNBUFFERED=unbuffered),
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 # ---- cores --------------------------------------------------------------------------------------
@@ -148,81 +191,3 @@ def test_a_containers_quota_limits_the_cores(monkeypatch, tmp_path, quota, cores
     (tmp_path / "cpu.max").write_text(f"{quota}\n")
     monkeypatch.setattr(startup, "CPU_MAX", tmp_path / "cpu.max")
     assert startup.cores() == cores
-
-
-# ---- Ctrl-C and a reader who has gone ------------------------------------------------------------
-
-
-SLOW = """
-import os, time
-try:
-    print("importing", flush=True)
-    time.sleep({})
-except BaseException:  # as some packages do
-    pass
-os._exit(7)
-"""
-
-
-@pytest.fixture
-def importing(tmp_path):
-    """importing(script, **options) -> a process of it that has begun to import PyTorch."""
-
-    def start(script, seconds: float, **options) -> subprocess.Popen:
-        for name in ("torch", "numpy"):
-            (tmp_path / f"{name}.py").write_text(SLOW.format(seconds))
-        process = subprocess.Popen(
-            [sys.executable, script, *NEEDED.get(script.name, [])],
-            env=environment(PYTHONPATH=str(tmp_path), **options.pop("env", {})),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **options,
-        )
-        assert process.stdout.readline() == "importing\n"
-        return process
-
-    return start
-
-
-@posix
-@pytest.mark.parametrize("script", [*SCRIPTS, BENCHMARKS[0]], ids=lambda path: path.name)
-def test_ctrl_c_while_pytorch_is_imported_ends_in_one_line(importing, script):
-    """Of the first, where there are several processes."""
-    for rank, line in (("0", "interrupted\n"), ("1", "")):
-        process = importing(script, 60, env={"RANK": rank})
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-        assert (process.returncode, errors) == (130, line)
-
-
-@posix
-def test_ctrl_c_that_is_ignored_stays_ignored(importing):
-    def ignore() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    process = importing(SCRIPTS[0], 0.5, preexec_fn=ignore)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (7, "")
-
-
-def test_the_tests_own_ctrl_c_is_left_alone():
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@posix
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_who_has_gone_leaves_no_traceback(unbuffered):
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-c", "from common import cli; cli.run(lambda: print('line'))"],
-        cwd=ROOT / "src",
-        env=environment(PYTHONUNBUFFERED=unbuffered),
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")

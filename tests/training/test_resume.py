@@ -28,27 +28,22 @@ PREVIOUS = LAST.with_name("last.prev.pt")
 HERE = ("--output_dir", "outputs", "--todo_path", "TODO.md")
 
 
-def differences(a, b, path: str = "") -> list[str]:
-    """Where two checkpoints differ by a single bit; times aside."""
-    times = ("seconds", "images_per_second", "finished")
-    if isinstance(a, torch.Tensor):
-        return [] if torch.equal(a, b) else [path]
-    if isinstance(a, (list, tuple)) and len(a) == len(b):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict):
-        if a.keys() != b.keys():
-            return [f"{path}: {a.keys() ^ b.keys()}"]
-        keys = [key for key in a if key not in times]
-        return [d for key in keys for d in differences(a[key], b[key], f"{path}.{key}")]
-    return [] if a == b else [f"{path}: {a} and {b}"]
+def comparable(value):
+    """What a checkpoint holds, to the last bit; times aside."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.numpy().tobytes()
+    if isinstance(value, dict):
+        times = ("seconds", "images_per_second", "finished")
+        return {key: comparable(each) for key, each in value.items() if key not in times}
+    return [comparable(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
-    """Two finished runs left the same, to the last bit."""
+    """Two finished runs left the same."""
     for name in (LAST, BEST):
-        assert differences(read(folder / name), read(reference / name)) == []
-    told = [history(each / "checkpoints") for each in (folder, reference)]
-    assert differences(*told) == []
+        assert comparable(read(folder / name)) == comparable(read(reference / name))
+    told = [comparable(history(each / "checkpoints")) for each in (folder, reference)]
+    assert told[0] == told[1]
     row = r"\| done \| [^|]+ \| [^|]+ \| \w+ \|"
     rows, expected = (re.findall(row, (f / "TODO.md").read_text()) for f in (folder, reference))
     assert rows == expected and len(rows) == len(told[0]["epochs"])
@@ -153,9 +148,8 @@ def test_a_finished_run_can_be_given_more_epochs_also_in_another_folder(complete
     folder("short")
     complete(*CONSTANT, "--epochs", 2)
     complete("--resume", "checkpoints", "--epochs", 4, "--save_dir", "other")
-    last, expected = read("other/last.pt"), read(long / LAST)
-    assert differences(last["model_state_dict"], expected["model_state_dict"]) == []
-    assert differences(last["best"], expected["best"]) == []
+    last, expected = comparable(read("other/last.pt")), comparable(read(long / LAST))
+    assert [last[key] == expected[key] for key in ("model_state_dict", "best")] == [True, True]
     todo = Path("TODO.md").read_text()
     assert todo.count("| done |") == 4 and "not started" not in todo
     result = complete("--resume", "other")  # nothing left to train: it is scored again
@@ -220,8 +214,8 @@ def test_a_disk_that_fills_up_in_a_save_costs_what_came_after_the_last(start, co
     assert LAST.read_bytes() == before
     assert not list(LAST.parent.glob(".*.tmp*"))
     complete("--resume", "--epochs", 4)
-    a, b = read(LAST), read(reference / LAST)
-    assert differences(a["model_state_dict"], b["model_state_dict"]) == []
+    resumed, expected = comparable(read(LAST)), comparable(read(reference / LAST))
+    assert resumed["model_state_dict"] == expected["model_state_dict"]
 
 
 @posix
@@ -251,7 +245,7 @@ def test_a_damaged_save_is_told_by_its_checksum_and_the_one_before_serves(run, c
     flags = [*TINY, "--epochs", 2, "--save_every_steps", 4]
     here = folder("run")
     complete(*flags)
-    whole, before = read(LAST), PREVIOUS.read_bytes()
+    whole, before = comparable(read(LAST)), PREVIOUS.read_bytes()
     flipped = bytearray(LAST.read_bytes())
     flipped[len(flipped) // 2] ^= 1
     for content in (flipped, flipped[:5000], b"", None):
@@ -261,7 +255,7 @@ def test_a_damaged_save_is_told_by_its_checksum_and_the_one_before_serves(run, c
         warning = r"WARNING: .*\ngoing on from the save before it, .*last.prev.pt\n"
         assert re.fullmatch(warning, result.err)
         assert "after 1 epochs and 4 steps" in result.out
-        assert differences(read(LAST), whole) == []
+        assert comparable(read(LAST)) == whole
         assert len(history(here / "checkpoints")["epochs"]) == 2
     for path in (LAST, PREVIOUS):
         path.write_bytes(flipped)
