@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from analysis import explain, figures
@@ -34,7 +34,7 @@ from analysis.report import calibration_errors, write_report
 from common.device import choose_device
 from common.errors import UserError
 from common.files import check_writable, replacing, write_json
-from data.dataset import Dataset
+from data.dataset import Dataset, Split
 from data.load import load_dataset
 from deploy.answers import show
 from deploy.predict import answer, check_image_shape, list_images, read_images
@@ -82,29 +82,22 @@ class Task:
         return names if classes is None else [names[i] for i in classes]
 
 
-class Sample(NamedTuple):
-    """Test images, and what the model takes them for."""
-
-    indices: list[int]  # in the test set
-    labels: list[int]
-    predicted: list[int]
-    probabilities: list[float]  # of the predicted classes
-    pixels: np.ndarray  # uint8 (n, 28, 28)
-    images: Tensor  # (n, 1, 28, 28), as the model reads them
-
-
-@torch.no_grad()
-def take_sample(task: Task, size: int, indices: list[int] | None = None) -> Sample:
-    """The test images with these indices, or `size` random ones."""
+def take_sample(
+    task: Task, size: int, indices: list[int] | None = None
+) -> tuple[list[int], BatchLoader, explain.Outputs]:
+    """The test images with these indices, or `size` random ones, as one batch, and the outputs."""
     test = task.test
     if indices is None:
         order = np.random.default_rng(task.args.seed).permutation(len(test.split))
         indices = order[:size].tolist()
-    part = test.split[torch.tensor(indices, device=task.device)]
-    images, labels = next(iter(BatchLoader(part, len(part), test.mean, test.std)))
-    probabilities, predicted = (task.model(images) / task.temperature).softmax(dim=1).max(dim=1)
-    columns = (column.tolist() for column in (labels, predicted, probabilities))
-    return Sample(indices, *columns, part.images[:, 0].cpu().numpy(), images)
+    split = test.split[torch.tensor(indices, device=task.device)]
+    loader = BatchLoader(split, len(split), test.mean, test.std)
+    return indices, loader, explain.outputs(task.model, loader, task.temperature)
+
+
+def pixels(split: Split) -> np.ndarray:
+    """The images as figures show them, uint8 (n, 28, 28)."""
+    return split.images[:, 0].cpu().numpy()
 
 
 # ------------------------------------------------------------------------- the modes that draw
@@ -112,14 +105,14 @@ def take_sample(task: Task, size: int, indices: list[int] | None = None) -> Samp
 
 def draw_predictions(task: Task) -> Figure:
     """16 random test images under what the model takes them for."""
-    sample = take_sample(task, 16)
-    right = np.equal(sample.labels, sample.predicted).sum()
+    _, loader, outputs = take_sample(task, 16)
+    right = f"{outputs.correct.sum()} of {len(outputs.labels)} test images right"
     return figures.predictions(
-        sample.pixels,
-        task.names(sample.labels),
-        task.names(sample.predicted),
-        sample.probabilities,
-        f"{right} of {len(sample.labels)} test images right ({task.dataset.name})",
+        pixels(loader.split),
+        task.names(outputs.labels),
+        task.names(outputs.predicted),
+        outputs.confidence,
+        f"{right} ({task.dataset.name})",
     )
 
 
@@ -128,16 +121,17 @@ def draw_attention(task: Task) -> Figure:
     chosen, last, dataset = task.args.index, len(task.test.split) - 1, task.dataset.name
     if chosen and max(chosen) > last:
         raise UserError(f"--index {max(chosen)}: the {dataset} test set has images 0 to {last}")
-    sample = take_sample(task, 3, chosen)
-    weights = explain.attention_weights(task.model, sample.images)
-    names = task.names()
+    indices, loader, outputs = take_sample(task, 3, chosen)
+    ((images, _),) = loader
+    weights = explain.attention_weights(task.model, images)
+    names = task.names(outputs.predicted), task.names(outputs.labels)
     titles = [
-        f"test image {i}\n{names[guess]}: {100 * p:.1f} % (true: {names[label]})"
-        for i, label, guess, p in zip(*sample[:4], strict=True)
+        f"test image {i}\n{guess}: {100 * probability:.1f} % (true: {label})"
+        for i, guess, label, probability in zip(indices, *names, outputs.confidence, strict=True)
     ]
     reader = "The CLS token's" if task.model.pool == "cls" else "All patches' mean"
     return figures.attention(
-        sample.pixels,
+        pixels(loader.split),
         explain.patch_map(weights, task.model).cpu().numpy(),
         explain.patch_map(explain.rollout(weights), task.model).cpu().numpy(),
         titles,
@@ -166,7 +160,7 @@ def draw_confusion(task: Task) -> Figure:
     wrong = np.flatnonzero(~outputs.correct)
     worst = wrong[np.argsort(-outputs.confidence[wrong], kind="stable")][:16]
     mistakes = {
-        "images": task.test.split.images[worst, 0].cpu().numpy(),
+        "images": pixels(task.test.split)[worst],
         "labels": task.names(outputs.labels[worst]),
         "predicted": task.names(outputs.predicted[worst]),
         "probabilities": outputs.confidence[worst],

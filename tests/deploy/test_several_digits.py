@@ -17,7 +17,7 @@ from deploy.predict import answer
 from saving.checkpoint import PRETRAINED, load_checkpoint
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from several_digits import DRAWN, FONTS, PRINTED, SIZES, drawn, printed, read_all, rows
+from several_digits import DRAWN, FONTS, PRINTED, SIZES, Picture, drawn, printed, read_all, rows
 
 needs_pretrained = pytest.mark.skipif(not PRETRAINED.is_file(), reason="no pretrained model")
 
@@ -33,45 +33,49 @@ def read(image: Image.Image, kind: str = "PNG", **options) -> Reading:
     return read_digits(file, "x")
 
 
-def wrong(pictures, pretrained) -> list[tuple[str, str]]:
-    """What was read and what is there, where they differ."""
-    pairs = zip(*read_all(list(pictures), *pretrained), strict=True)
-    return [(read, true) for read, true in pairs if read != true]
+def lines(*strokes: list, size: tuple[int, int] = (300, 200), width: int = 12) -> Image.Image:
+    """Black lines on white."""
+    image = Image.new("L", size, 255)
+    for stroke in strokes:
+        ImageDraw.Draw(image).line(stroke, 0, width, joint="curve")
+    return image
 
 
 # ---------------------------------------------------------------------------------- whole numbers
 
 
-@needs_pretrained
-def test_printed_numbers_are_read(pretrained):
+def all_printed() -> list[Picture]:
     """Each number in a font and size of its own; the model takes the 1 of Pillow's font for a 7."""
     fonts = [font for font in FONTS if font != "Pillow's"]
-    pictures = []
-    for i, text in enumerate(PRINTED):
-        pictures += printed([text], fonts[i % len(fonts)], SIZES[i % len(SIZES)])
-    assert len(pictures) == 38 and len(wrong(pictures, pretrained)) <= 1
+    choices = ((t, fonts[i % len(fonts)], SIZES[i % len(SIZES)]) for i, t in enumerate(PRINTED))
+    return [picture for text, *how in choices for picture in printed([text], *how)]
+
+
+def mnist_rows() -> list[Picture]:
+    split = load_mnist(MNIST).val
+    digits, labels = split.images[:, 0].numpy(), split.labels.numpy()
+    return list(rows(digits, labels, 100, np.random.default_rng(0)))
+
+
+@needs_pretrained
+@pytest.mark.parametrize(
+    ("make", "count", "most_wrong"),
+    [
+        (all_printed, 38, 1),
+        (lambda: list(drawn(DRAWN, np.random.default_rng(0))), 24, 1),
+        pytest.param(mnist_rows, 100, 5, marks=needs_mnist),
+    ],
+    ids=["printed", "drawn", "rows of MNIST's digits"],
+)
+def test_numbers_are_read(pretrained, make, count, most_wrong):
+    pairs = list(zip(*read_all(make(), *pretrained), strict=True))
+    wrong = [pair for pair in pairs if pair[0] != pair[1]]
+    assert len(pairs) == count and len(wrong) <= most_wrong, wrong
 
 
 def test_every_digit_of_pillows_own_font_is_found():
-    for size in SIZES:
-        for picture in printed(PRINTED, "Pillow's", size):
-            found = read_digits(picture.file(), "x").digits
-            assert len(found) == len(picture.text), (picture.text, size)
-
-
-@needs_pretrained
-def test_drawn_numbers_are_read(pretrained):
-    pictures = list(drawn(DRAWN, np.random.default_rng(0)))
-    assert len(pictures) == 24 and len(wrong(pictures, pretrained)) <= 1
-
-
-@needs_pretrained
-@needs_mnist
-def test_rows_of_mnist_digits_are_read(pretrained):
-    split = load_mnist(MNIST).val
-    digits, labels = split.images[:, 0].numpy(), split.labels.numpy()
-    pictures = rows(digits, labels, 100, np.random.default_rng(0))
-    assert len(wrong(pictures, pretrained)) <= 5
+    for picture in (p for size in SIZES for p in printed(PRINTED, "Pillow's", size)):
+        assert len(read_digits(picture.file(), "x").digits) == len(picture.text), picture.text
 
 
 # --------------------------------------------------------------------------------- places and order
@@ -90,8 +94,7 @@ def test_lines_are_read_from_the_top_and_each_from_the_left():
     assert [box[:2] for box in boxes] == [pytest.approx(place, abs=1) for place in places]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("kind", "turned"), [("PNG", False), ("PNG", True), ("JPEG", True)])
 def test_boxes_are_of_the_upright_picture_at_its_own_size(kind, turned):
     image = Image.new("L", (2000, 1500), 255)
     for x in (300, 800):
@@ -128,9 +131,7 @@ STROKES = {
 @pytest.mark.parametrize("strokes", STROKES.values(), ids=STROKES)
 @pytest.mark.parametrize("alone", [True, False])
 def test_strokes_that_lie_apart_are_one_digit(strokes, alone):
-    image = Image.new("L", (420, 280), 255)
-    for stroke in strokes:
-        ImageDraw.Draw(image).line(stroke, 0, 10, joint="curve")
+    image = lines(*strokes, size=(420, 280), width=10)
     if not alone:
         ring(ImageDraw.Draw(image), 250, 40, 190, 100)
     assert len(read(image).digits) == (1 if alone else 2)
@@ -144,18 +145,14 @@ def test_marks_are_left_out(text, font):
 
 
 def test_a_mark_with_no_digit_beside_it_is_answered():
-    image = Image.new("L", (300, 100), 255)
-    ImageDraw.Draw(image).line([(50, 50), (250, 50)], 0, 12)
-    assert len(read(image).digits) == 1
+    assert len(read(lines([(50, 50), (250, 50)])).digits) == 1
 
 
 def test_a_neighbour_leaves_no_trace_in_a_digit():
     """Two slanting strokes whose boxes overlap."""
-    image = Image.new("L", (300, 200), 255)
-    ImageDraw.Draw(image).line([(130, 40), (80, 160)], 0, 12)
-    one = read(image).digits[0].pixels
-    ImageDraw.Draw(image).line([(160, 40), (110, 160)], 0, 12)
-    first, second = (digit.pixels.astype(int) for digit in read(image).digits)
+    strokes = [(130, 40), (80, 160)], [(160, 40), (110, 160)]
+    one = read(lines(strokes[0])).digits[0].pixels
+    first, second = (digit.pixels.astype(int) for digit in read(lines(*strokes)).digits)
     assert np.abs(first - one).mean() < 1 and np.abs(second - one).mean() < 1
 
 
@@ -163,16 +160,15 @@ def test_a_neighbour_leaves_no_trace_in_a_digit():
 
 
 def test_too_many_marks_are_told_in_one_line():
-    image = Image.new("L", (800, 800), 255)
-    for i in range(MAX_DIGITS + 1):
-        x, y = 20 + 45 * (i % 16), 20 + 55 * (i // 16)
-        ImageDraw.Draw(image).line([(x, y), (x, y + 30)], 0, 5)
+    corners = [(20 + 45 * (i % 16), 20 + 55 * (i // 16)) for i in range(MAX_DIGITS + 1)]
+    marks = lines(*([(x, y), (x, y + 30)] for x, y in corners), size=(800, 800), width=5)
     with pytest.raises(UserError, match=f"image x shows 201 marks, .* {MAX_DIGITS} digits"):
-        read(image)
+        read(marks)
 
 
-@pytest.mark.parametrize("density", [0.02, 0.2, 0.5])
-@pytest.mark.parametrize("grain", [1, 5, 20])
+@pytest.mark.parametrize(
+    ("density", "grain"), [(0.02, 1), (0.2, 1), (0.5, 1), (0.02, 5), (0.2, 20)]
+)
 def test_noise_takes_no_longer_than_a_few_seconds(density, grain):
     dots = np.random.default_rng(0).random((800 // grain, 800 // grain)) < density
     image = Image.fromarray(np.kron(~dots, np.ones((grain, grain))).astype(np.uint8) * 255)
