@@ -1,14 +1,11 @@
 """Files that run elsewhere: what they hold, that they do as well as PyTorch, and that they run."""
 
-import io
 import json
 import re
 import subprocess
 import sys
-from contextlib import redirect_stdout
-from functools import cache
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -26,6 +23,7 @@ from saving.checkpoint import PRETRAINED, load_checkpoint
 from vit_model import ViT
 
 needs_pretrained = pytest.mark.skipif(not PRETRAINED.is_file(), reason="no pretrained model")
+slow = partial(pytest.param, marks=pytest.mark.slow)
 # What a user may do with a program: it runs where this project is not.
 USER_SCRIPT = """
 import importlib.util, json, sys, numpy as np, torch
@@ -39,35 +37,15 @@ print(files["metadata.json"])
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_calls():
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch):
     """Latency is measured, but not exactly."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "LATENCY_CALLS", 3)
-        yield
+    monkeypatch.setattr(export, "LATENCY_CALLS", 3)
 
 
-@pytest.fixture(scope="session")
-def checkpoint(trained) -> str:
-    return str(trained / "checkpoints" / "best_model.pt")
-
-
-@pytest.fixture(scope="session")
-def exported(checkpoint, tmp_path_factory):
-    """exported(flags): the file that inference.py writes, and what it prints; made once."""
-
-    @cache
-    def call(flags: str) -> SimpleNamespace:
-        printed, folder = io.StringIO(), tmp_path_factory.mktemp("exported")
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-            patch.chdir(folder)
-            arguments = f"--mode onnx {flags} --checkpoint {checkpoint}".split()
-            patch.setattr(sys, "argv", ["inference.py", *arguments])
-            inference.main()
-        (path,) = (folder / "outputs").iterdir()
-        return SimpleNamespace(path=path, printed=printed.getvalue())
-
-    return call
+@pytest.fixture
+def checkpoint(trained) -> Path:
+    return trained / "checkpoints" / "best_model.pt"
 
 
 # ---------------------------------------------------------------- what a file holds, what it does
@@ -91,10 +69,6 @@ def run_program(path: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, s
     return np.load(path.with_name("outputs.npy")), json.loads(done.stdout)
 
 
-def slow(*values: object) -> object:
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("flags", "precision", "most"),  # bytes, of the fp32 weights'; int8's scales take some
     [
@@ -109,20 +83,21 @@ def slow(*values: object) -> object:
     ],
 )
 def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
-    exported, checkpoint, flags, precision, most
+    run, tmp_path, checkpoint, flags, precision, most
 ):
-    result, raw = exported(flags), "--raw_input" in flags
+    raw, program = "--raw_input" in flags, "torch_export" in flags
+    result = run(inference.main, *f"--mode onnx {flags} --checkpoint {checkpoint}".split())
+    (path,) = (tmp_path / "outputs").iterdir()
     model, about = load_checkpoint(checkpoint)
-    size = result.path.stat().st_size
+    size = path.stat().st_size
     assert size < most * sum(4 * p.numel() for p in model.parameters())
-    assert str(ROOT).encode() not in result.path.read_bytes()
+    assert str(ROOT).encode() not in path.read_bytes()
 
     images, labels = (part.numpy() for part in (load_digits().val.images, load_digits().val.labels))
     expected = predict.predict(model, images[:, 0], about).probabilities
     if not raw:
         images = (images / np.float32(255) - np.float32(0.1593)) / np.float32(0.2986)
-    run = run_program if "torch_export" in flags else run_onnx
-    outputs, metadata = run(result.path, images)
+    outputs, metadata = (run_program if program else run_onnx)(path, images)
     same = (outputs.argmax(1) == expected.argmax(1)).sum()
     assert same >= (0.95 if precision == "int8" else 1) * len(labels)
     if raw:
@@ -148,9 +123,9 @@ def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
         r"latency, one image +[\d.]+ ms +[\d.]+ ms",
         f"same class as PyTorch: {same} of 180 validation images",
     ):
-        assert re.search(f"^{row}$", result.printed, re.MULTILINE), row
+        assert re.search(f"^{row}$", result.out, re.MULTILINE), row
     if precision != "int8":
-        difference = float(re.search(r"batches of 1, 7 and 128: (\S+)", result.printed)[1])
+        difference = float(re.search(r"batches of 1, 7 and 128: (\S+)", result.out)[1])
         assert difference <= (0.05 if precision == "fp16" else 1e-4)
 
 
