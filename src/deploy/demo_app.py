@@ -31,14 +31,14 @@ from vit_model import ViT, count_parameters
 PAGE = Path(__file__).with_name("demo_page")
 FILES = {"/": "index.html", "/script.js": "script.js", "/style.css": "style.css"}
 FILES["/icon.svg"] = "icon.svg"
-MAX_MB = 10  # of a picture; also in script.js, which spares the way
-MAX_DISCARDED_MB = 200  # of a larger one read past, so that its sender gets to read the answer
-MAX_SECONDS = 30  # to receive it
+MAX_MB = 10  # of a picture; also in script.js, which does not send a larger one
+MAX_DISCARDED_MB = 200  # read of a larger one, so that its sender gets the answer
+MAX_SECONDS = 30  # to receive a picture
+MAX_HEAD_SECONDS = 10  # to receive a request's head, from the connection or the last answer on
 MAX_CONNECTIONS = 100
 MAX_CONNECTIONS_OF_A_CLIENT = 50
-MAX_HEAD_SECONDS = 10  # to receive a request's head, from the connection or the last answer on
 HEADERS = {
-    # Nothing from elsewhere, on neither side.
+    # The page loads nothing from elsewhere, and no other page may embed it.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
@@ -55,10 +55,10 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
     Args:
         model: in evaluation mode; it takes images of 1x28x28.
         checkpoint: as `load_checkpoint` returns it.
-        hosts: names in a request's Host header that are answered. A page from elsewhere whose name
-            was made to lead here (DNS rebinding) has another. ("*",) answers all.
+        hosts: names in the Host header of requests that are answered; ("*",) answers all. A page
+            from elsewhere whose name was made to lead here (DNS rebinding) has another name.
     """
-    worker = ThreadPoolExecutor(max_workers=1)  # one picture after the other: nothing is shared
+    worker = ThreadPoolExecutor(max_workers=1)  # one picture at a time
     blank = Digit(np.zeros((28, 28), np.uint8), (0, 0, 28, 28))
     worker.submit(answer, model, checkpoint, Reading((blank,), (28, 28)))  # the first is slow
 
@@ -90,7 +90,7 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
         exception_handlers={
             HTTPException: lambda _, error: say(error.detail, error.status_code),
-            ClientDisconnect: lambda *_: Response(status_code=400),  # nobody is there to read it
+            ClientDisconnect: lambda *_: Response(status_code=400),  # nobody reads it
             Exception: lambda *_: say("the server failed; its terminal says how", 500),
         },
     )
@@ -99,8 +99,8 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
 def refuse_other_sites(request: Request) -> None:
     """Raise HTTPException if a browser says that the page of another site sends this request.
 
-    Programs that are no browser send none of these headers; browsers send `Origin` with every POST,
-    and `Sec-Fetch-Site` to this computer and over HTTPS.
+    Browsers send `Origin` with every POST, and `Sec-Fetch-Site` to this computer and over HTTPS.
+    Other programs need not send either.
     """
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
     foreign = origin is not None and origin.partition("://")[2] != request.headers.get("host")
@@ -112,9 +112,9 @@ def answer(model: ViT, checkpoint: dict[str, Any], reading: Reading) -> dict[str
     """What the page shows of the digits in a picture.
 
     Returns:
-        `size` of the picture, and `digits` in the order in which they are written: of each what
-        `describe_digit` tells, but `probabilities` as a list, its 28x28 pixels as rows, `received`,
-        and `attention`, the rollout's rows over the patches.
+        `size` of the picture, and `digits` in reading order: each as `describe_digit` gives it, but
+        with `probabilities` as a list, and with `received`, the rows of its 28x28 pixels, and
+        `attention`, the rows of the rollout over the patches.
     """
     images = np.stack([digit.pixels for digit in reading.digits])
     predictions = predict(model, images, checkpoint)
@@ -161,9 +161,9 @@ def say(message: str, status: int) -> Response:
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, for clients that open many or send nothing.
+    """uvicorn's connection, closed if it sends no request or its client opens too many.
 
-    uvicorn waits for a request for ever, and answers nobody once MAX_CONNECTIONS wait.
+    uvicorn alone waits for ever, and answers nobody while MAX_CONNECTIONS are open.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -174,7 +174,7 @@ class Connection(H11Protocol):
         same = [other for other in self.connections if other.address == self.address]
         if len(same) > MAX_CONNECTIONS_OF_A_CLIENT:
             oldest = min(same, key=attrgetter("opened"))
-            self.connections.discard(oldest)  # now: it is told of its end only later
+            self.connections.discard(oldest)  # at once: uvicorn does so later
             oldest.transport.abort()
 
     def on_response_complete(self) -> None:
@@ -185,7 +185,7 @@ class Connection(H11Protocol):
         """Close the connection unless another request has begun in MAX_HEAD_SECONDS."""
 
         def check(last: object) -> None:
-            if self.cycle is last:  # the request at hand, or the one answered last
+            if self.cycle is last:  # no request has begun since then
                 self.transport.abort()
 
         self.loop.call_later(MAX_HEAD_SECONDS, check, self.cycle)
@@ -204,5 +204,5 @@ def serve(app: Starlette, listener: socket.socket) -> None:
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=2,
     )
-    with suppress(KeyboardInterrupt):  # the usual way to end a server; all is closed by then
+    with suppress(KeyboardInterrupt):  # how a server is ended; all is closed by then
         uvicorn.Server(config).run(sockets=[listener])

@@ -25,8 +25,8 @@ def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
         boxes: (n, 4), n at least 1.
         mass: (n,), the ink of each piece.
     """
-    height = _typical_height(boxes, mass)
-    size = np.maximum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
+    size = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    height = _typical_height(size, mass)
     order = np.argsort(-mass, kind="stable")
     strokes = order[size[order] >= SPECK * height][:MAX_PIECES]
     groups = _join([[i] for i in strokes], boxes[strokes].astype(float), height)
@@ -44,11 +44,10 @@ def group_pieces(boxes: np.ndarray, mass: np.ndarray) -> list[np.ndarray]:
     return [np.array(groups[i]) for i in _reading_order(found)]
 
 
-def _typical_height(boxes: np.ndarray, mass: np.ndarray) -> float:
+def _typical_height(size: np.ndarray, mass: np.ndarray) -> float:
     """The median longer side, not height: the pieces of a broken digit may all be low."""
-    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
-    order = np.argsort(sides)
-    return float(sides[order][np.searchsorted(np.cumsum(mass[order]), mass.sum() / 2)])
+    order = np.argsort(size)
+    return float(size[order][np.searchsorted(np.cumsum(mass[order]), mass.sum() / 2)])
 
 
 def _hull(boxes: np.ndarray) -> np.ndarray:
