@@ -18,15 +18,18 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import optim
+import train
 from common.errors import UserError
 
 CPU_SECONDS = 20  # far above what any input needs, so that a busy machine fails no test
@@ -110,6 +113,21 @@ def edited(data: bytes, edits: Edits) -> bytes:
     return data
 
 
+# ------------------------------------------------------------------------------------------ texts
+
+NUMBERS = "0 1 -1 2 0.5 1e-3 1e400 -1e-400 nan inf -inf 1_0 10**9 9**9**9 9**9**9**9 1j 0x10 True"
+NUMBERS = [*NUMBERS.split(), "None", "1" + 22 * "0"]
+CALLS = st.sampled_from([text for text, _ in optim.GALLERY])
+FREE_TEXTS = (
+    st.text(alphabet="()[]{}'\"\\,=*-+/%~@.: \n\0019eAxλ", max_size=60)
+    | CALLS
+    | st.tuples(CALLS, EDITS).map(lambda p: edited(p[0].encode(), p[1]).decode("latin-1"))
+    | st.tuples(
+        st.sampled_from("( [ - ~ 1+ 1** x. 9 max( 'a' , lambda: # \\".split()),
+        st.sampled_from([30, 1000, 4000, 10**5]),
+    ).map(lambda pair: pair[0] * pair[1])
+)
+
 # ------------------------------------------------------------------------------------------- zip
 
 ENTRY_KINDS = st.sampled_from(["edit", "drop", "empty", "other", "twice", "rename", "deflate"])
@@ -158,28 +176,55 @@ def _nested(times: int, width: int) -> list:
     return functools.reduce(lambda inner, _: [inner] * width, range(times), ["ha"])
 
 
-def _itself() -> list:
-    inner: list = []
-    inner.append(inner)
-    return inner
+def _with_attribute(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.numel = 5
+    return tensor
 
 
-# Made when applied: they print badly, and some are large.
-ODD: dict[str, Callable[[], Any]] = {
-    "10**400": lambda: 10**400,
-    "10**5000": lambda: 10**5000,
-    "many names": lambda: ["x"] * 10**5,
-    "long text": lambda: "x" * 10**6,
-    "laughs": lambda: _nested(60, 2),
-    "itself": _itself,
-    "deep list": lambda: _nested(200, 1),
-    "scalar tensor": lambda: torch.tensor(3.0),
-    "tensor": lambda: torch.ones(3),
-    "huge tensor": lambda: torch.zeros(1).expand(10**12),
-    "escape codes": lambda: "\x1b[2J\x1b]0;title\x07",
-    "two lines": lambda: "one\ntwo",
-    "surrogate": lambda: "\ud800",
+# What takes the place of a value, made of it when the plan is applied: all print badly.
+ODD: dict[str, Callable[[Any], Any]] = {
+    "10**400": lambda _: 10**400,
+    "10**5000": lambda _: 10**5000,
+    "many names": lambda _: ["x"] * 10**5,
+    "long text": lambda _: "x" * 10**6,
+    "laughs": lambda _: _nested(60, 2),
+    "deep list": lambda _: _nested(200, 1),
+    "scalar tensor": lambda _: torch.tensor(3.0),
+    "tensor": lambda _: torch.ones(3),
+    "huge tensor": lambda _: torch.zeros(1).expand(10**12),
+    "escape codes": lambda _: "\x1b[2J\x1b]0;title\x07",
+    "two lines": lambda _: "one\ntwo",
+    "surrogate": lambda _: "\ud800",
 }
+TENSORS: dict[str, Callable[[Tensor], Any]] = {
+    "one value expanded": lambda t: torch.zeros(1).expand(t.shape),
+    "first axis claims to be huge": lambda t: torch.zeros(1).expand((10**9, *t.shape[1:])),
+    "one row less": lambda t: t[:-1].clone(),
+    "last axis doubled": lambda t: torch.cat([t, t], dim=-1),
+    "transposed": lambda t: t.transpose(0, -1),
+    "axis more": lambda t: t[None],
+    "flat": lambda t: t.flatten(),
+    "empty": lambda t: t.new_empty(0),
+    "nan": lambda t: torch.full_like(t, torch.nan),
+    "inf": lambda t: torch.full_like(t, torch.inf),
+    "largest float": lambda t: torch.full_like(t, 3e38),
+    "float64": lambda t: t.double(),
+    "bf16": lambda t: t.bfloat16(),
+    "float8": lambda t: t.float().to(torch.float8_e4m3fn),
+    "int64": lambda t: t.long(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t + 1j,
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.to_sparse(),
+    "sparse csr": lambda t: t.to_sparse_csr(),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "needs gradient": lambda t: torch.nn.Parameter(t.float()),
+    "with an attribute": _with_attribute,
+    "conjugate": lambda t: torch.conj(t + 1j),
+    "nested list": lambda t: t.tolist(),
+}
+ODD |= TENSORS
 PLAIN = (
     st.none()
     | st.booleans()
@@ -197,87 +242,39 @@ VALUES = (
     | st.dictionaries(PLAIN, PLAIN, max_size=3)
     | st.sampled_from(sorted(ODD)).map(lambda name: ("ODD", name))
 )
-
-# What a tensor may be replaced by.
-TENSORS: dict[str, Callable[[Tensor], Any]] = {
-    "one value expanded": lambda t: torch.zeros(1).expand(t.shape),
-    "claims to be huge": lambda t: torch.zeros(1).expand(10**12),
-    "first axis claims to be huge": lambda t: torch.zeros(1).expand((10**9, *t.shape[1:])),
-    "one row less": lambda t: t[:-1].clone() if t.ndim else t,
-    "last axis doubled": lambda t: torch.cat([t, t], dim=-1) if t.ndim else t,
-    "transposed": lambda t: t.transpose(0, -1) if t.ndim else t,
-    "axis more": lambda t: t[None],
-    "flat": lambda t: t.flatten(),
-    "no axis": lambda t: torch.tensor(1.0),
-    "empty": lambda t: t.new_empty(0),
-    "nan": lambda t: torch.full_like(t, torch.nan),
-    "inf": lambda t: torch.full_like(t, torch.inf),
-    "largest float": lambda t: torch.full_like(t, 3e38),
-    "float64": lambda t: t.double(),
-    "bf16": lambda t: t.bfloat16(),
-    "float8": lambda t: t.float().to(torch.float8_e4m3fn),
-    "int64": lambda t: t.long(),
-    "bool": lambda t: t.bool(),
-    "complex": lambda t: t + 1j,
-    "meta": lambda t: t.to("meta"),
-    "sparse": lambda t: t.to_sparse(),
-    "sparse csr": lambda t: t.to_sparse_csr() if t.ndim == 2 else t.to_sparse(),
-    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
-    "needs gradient": lambda t: torch.nn.Parameter(t.float()),
-    "with an attribute": lambda t: _with_attribute(t),
-    "conjugate": lambda t: torch.conj(t + 1j),
-    "nested list": lambda t: t.tolist(),
-}
-
-
-def _with_attribute(tensor: Tensor) -> Tensor:
-    tensor = tensor.clone()
-    tensor.numel = 5
-    return tensor
-
-
 STRUCTURE_EDITS = st.lists(
-    st.tuples(st.just("drop"), POSITIONS, st.none())
-    | st.tuples(st.just("replace"), POSITIONS, VALUES)
-    | st.tuples(st.just("rename"), POSITIONS, PLAIN)
-    | st.tuples(st.just("tensor"), POSITIONS, st.sampled_from(sorted(TENSORS))),
+    st.tuples(st.just("rename"), POSITIONS, PLAIN)
+    | st.tuples(st.sampled_from(["drop", "replace", "replace"]), POSITIONS, VALUES),
     min_size=1,
     max_size=3,
 )
 
 
 def restructured(path: Path, plan: list[tuple[str, int, Any]]) -> bytes | None:
-    """The checkpoint with some of its values gone, renamed or replaced, as `saved` gives it."""
+    """The checkpoint with some values gone, renamed or replaced; None if it can't be saved."""
     content = torch.load(path)
     for kind, number, value in plan:
         places = list(_places(content))
-        if kind == "tensor":
-            places = [(d, k) for d, k in places if isinstance(d[k], Tensor)]
         # Half of them at the top, where most of the values are that a loader reads.
         top = [place for place in places if place[0] is content]
-        choice = top if number % 2 and top else places
-        if not choice:
-            continue
-        parent, key = choice[number // 2 % len(choice)]
-        match kind:
-            case "drop":
-                del parent[key]
-            case "rename" if isinstance(parent, dict):
-                parent[value] = parent.pop(key)
-            case "tensor":
-                parent[key] = _made(("TENSORS", value), parent[key])
-            case "replace":
+        places = top if number % 2 and top else places
+        if places:
+            parent, key = places[number // 2 % len(places)]
+            if kind == "replace":
                 parent[key] = _made(value, parent[key])
+            elif kind == "drop":
+                del parent[key]
+            elif isinstance(parent, dict):
+                parent[value] = parent.pop(key)
     return saved(content)
 
 
-def with_value(path: Path, place: str, value: Any) -> bytes:
+def with_value(path: Path, place: str, value: Any) -> bytes | None:
     """The checkpoint with another value at a place such as "run/settings/depth"."""
     content = torch.load(path)
     *parents, key = (int(part) if part.isdigit() else part for part in place.split("/"))
     target = functools.reduce(operator.getitem, parents, content)
-    old = target.get(key) if isinstance(target, dict) else target[key]
-    target[key] = _made(value, old)
+    target[key] = _made(value, target.get(key) if isinstance(target, dict) else target[key])
     return saved(content)
 
 
@@ -287,17 +284,14 @@ def _made(value: Any, old: Any) -> Any:
         case list():
             return [_made(each, None) for each in value]
         case ("ODD", name):
-            return ODD[name]()
-        case ("TENSORS", name):
-            try:
-                return TENSORS[name](old) if old.numel() < 10**6 else old
-            except (RuntimeError, TypeError):  # of a tensor that is odd already
-                return old
+            with suppress(AttributeError, RuntimeError, TypeError, IndexError):  # no such tensor
+                return old if name in TENSORS and old.numel() > 10**6 else ODD[name](old)
+            return old
     return value
 
 
 def _places(content: Any, depth: int = 4) -> Iterator[tuple[Any, Any]]:
-    """Containers and their keys, of long lists the first; a list may hold itself."""
+    """Containers and their keys, of long lists the first."""
     items = content.items() if isinstance(content, dict) else enumerate(content[:5])
     for key, value in items:
         yield content, key
@@ -308,8 +302,17 @@ def _places(content: Any, depth: int = 4) -> Iterator[tuple[Any, Any]]:
 def saved(content: Any) -> bytes | None:
     """As `torch.save` writes it; None if it doesn't."""
     file = io.BytesIO()
-    try:
+    with suppress(Exception):  # whatever pickling such values brings up
         torch.save(content, file)
-    except Exception:  # whatever pickling such values brings up
-        return None
-    return file.getvalue()
+        return file.getvalue()
+    return None
+
+
+def after_training(folder: Path, flags: str) -> Path:
+    """The checkpoints of a small run in the folder."""
+    tiny = "--device cpu --dataset digits --embed_dim 8 --num_heads 2".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *tiny, *flags.split()])
+        train.main()
+    return folder / "checkpoints"

@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 class PeerLostError(Exception):
-    """Another process of the run is gone, and with it this one's work."""
+    """Another process of the run has ended, so this one can't go on."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -22,6 +22,6 @@ class Stopped(KeyboardInterrupt):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the CPU or the GPU has no more; the CPU's allocator has no exception of its own."""
+    """Whether the CPU or GPU is out of memory; PyTorch's error for the CPU is a RuntimeError."""
     names = {kind.__name__ for kind in type(error).__mro__}  # without importing PyTorch
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)

@@ -1,4 +1,4 @@
-"""Ctrl-C, a request to stop and a closed terminal, taken at a moment that suits."""
+"""Ctrl-C, SIGTERM and a closed terminal, handled at a moment that suits the work."""
 
 import math
 import signal
@@ -10,16 +10,16 @@ from typing import Any
 
 
 class StopSignals:
-    """While the block lasts, SIGINT, SIGTERM and SIGHUP (a closed terminal) are a wish to stop.
+    """Within the block, SIGINT, SIGTERM and SIGHUP (a closed terminal) only ask to stop.
 
-    A second SIGINT is Ctrl-C.
+    A second SIGINT raises KeyboardInterrupt.
 
     Attributes:
-        received: the signal's number; 0 if there was none.
+        received: the number of the first signal; 0 if there was none.
 
     Args:
-        repeats_within: seconds in which another SIGINT is the same one: launchers hand on what the
-            terminal has sent to all.
+        repeats_within: seconds in which a further SIGINT is taken for the first: the terminal sends
+            it to all processes, and launchers pass it on to them once more.
     """
 
     def __init__(self, repeats_within: float = 0.0) -> None:
@@ -32,7 +32,7 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
             for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-                # One that is ignored was meant to be, by nohup or a shell's &.
+                # What nohup or a shell's & has set to be ignored stays so.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -51,15 +51,15 @@ class StopSignals:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done, so that files which belong together agree."""
+    """Delay Ctrl-C to the end of the block, so that files which belong together agree."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
+        yield  # only the main thread receives signals
         return
-    held = []
-    previous = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    interrupts = []
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if held:
-        signal.raise_signal(signal.SIGINT)  # for whom it was meant
+    if interrupts:
+        signal.raise_signal(signal.SIGINT)  # now for the handler of before

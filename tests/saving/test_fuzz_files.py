@@ -4,50 +4,35 @@ and memory, and nothing that it carries is run."""
 import io
 import os
 import pickle
+import shutil
 import struct
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
+import mutations
 import pytest
 import torch
 from conftest import assert_one_error_line
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from mutations import (
-    EDITS,
-    FEW,
-    STRUCTURE_EDITS,
-    ZIP_EDITS,
-    bounded,
-    edited,
-    restructured,
-    result_or_error,
-    rezipped,
-    saved,
-    with_value,
-    zipped,
-)
+from mutations import EDITS, FEW, STRUCTURE_EDITS, ZIP_EDITS, bounded, edited, rezipped, zipped
 from PIL import Image
 
 import inference
-import train
 from saving import archive
 from saving.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A small real checkpoint."""
-    folder = tmp_path_factory.mktemp("fuzz")
-    flags = "--device cpu --dataset digits --epochs 1 --train_samples 64 --depth 2 --embed_dim 8"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *flags.split(), "--num_heads", "2"])
-        train.main()
-    return folder / "checkpoints" / "best_model.pt"
+    """A small real checkpoint, and a picture of a 1 beside it."""
+    flags = "--epochs 1 --train_samples 64 --depth 2"
+    folder = mutations.after_training(tmp_path_factory.mktemp("fuzz"), flags)
+    image = Image.new("L", (20, 20), "white")
+    image.paste(0, (9, 3, 11, 17))
+    image.save(folder / "digit.png")
+    return folder / "best_model.pt"
 
 
 def is_refused(folder: Path, content: bytes) -> bool:
@@ -55,13 +40,13 @@ def is_refused(folder: Path, content: bytes) -> bool:
     path = folder / "hostile.pt"
     path.write_bytes(content)
     with bounded(memory=200 << 20):
-        loaded = result_or_error(load_checkpoint, path)
+        loaded = mutations.result_or_error(load_checkpoint, path)
         if not isinstance(loaded, str):
             model, checkpoint = loaded
             config = checkpoint["model_config"]
             logits = model(torch.rand(2, config["in_chans"], *[config["img_size"]] * 2))
             assert logits.shape == (2, config["num_classes"]) == (2, len(checkpoint["class_names"]))
-            assert logits.isfinite().all()
+            assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
             assert checkpoint["normalization"]["std"] > 0
             assert 0 <= checkpoint["settings"]["label_smoothing"] <= 1
             assert 0 < checkpoint["calibration"]["temperature"] < 1000
@@ -90,69 +75,61 @@ def test_loader_on_a_damaged_archive(whole, tmp_path, plan):
     is_refused(tmp_path, rezipped(whole.read_bytes(), plan))
 
 
-@given(plan=STRUCTURE_EDITS)
-def test_loader_on_other_structures(whole, tmp_path, plan):
-    content = restructured(whole, plan)
-    assume(content is not None)
-    is_refused(tmp_path, content)
-
-
 @FEW
 @given(plan=STRUCTURE_EDITS)
-def test_predict_with_other_structures(whole, run, tmp_path, plan):
-    """The whole command, on what the checkpoint says: names to print, numbers to write."""
-    content = restructured(whole, plan)
+def test_other_structures(whole, run, tmp_path, plan):
+    """Loaded, and then used by a command, which prints names and numbers of it."""
+    content = mutations.restructured(whole, plan)
     assume(content is not None)
-    (tmp_path / "hostile.pt").write_bytes(content)
-    digit = np.full((20, 20), 255, np.uint8)
-    digit[3:17, 9:11] = 0
-    Image.fromarray(digit).save(tmp_path / "digit.png")
-    flags = "--mode predict --device cpu --image digit.png --checkpoint hostile.pt".split()
+    is_refused(tmp_path, content)
+    flags = "--mode predict --device cpu --checkpoint hostile.pt --image".split()
     with bounded():
-        result = run(inference.main, *flags)
+        result = run(inference.main, *flags, whole.with_name("digit.png"))
     assert result.status == 0 or assert_one_error_line(result) is None
     assert result.out.replace("\n", "").isprintable()
+    shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
 
 
-@pytest.mark.parametrize(
-    ("place", "values"),
-    [
-        ("epoch", [("ODD", "10**5000"), -1]),  # Python does not print the first
-        ("best_acc", [float("nan")]),
-        ("format", [3, 0, 2.0, True, None, "2", ("ODD", "laughs")]),
-        ("dataset", [("ODD", odd) for odd in ("laughs", "escape codes", "surrogate", "long text")]),
-        ("dataset", [("ODD", "deep list"), ("ODD", "itself")]),
-        ("class_names", [["\x1b[2J", *"123456789"], ["two\nlines", *"123456789"]]),
-        ("class_names", [[("ODD", "laughs"), *"123456789"]]),
-        ("normalization/std", [0.0, float("nan")]),
-        ("normalization/mean", [1e300]),
-        ("settings/label_smoothing", [5.0]),
-        ("calibration", [None, {}, ("ODD", "laughs")]),
-        ("calibration/temperature", [0.0, -1.0, float("nan"), float("inf"), ("ODD", "10**400")]),
-        ("calibration/threshold", [float("nan"), float("inf"), None]),
-        ("calibration/whitening", [("TENSORS", "nan"), ("TENSORS", "claims to be huge"), None]),
-        ("calibration/centres", [("TENSORS", "claims to be huge"), ("TENSORS", "complex")]),
-        ("calibration/centres", [("TENSORS", "sparse"), ("TENSORS", "meta")]),
-        ("calibration/centres", [torch.zeros(2, 0, 8), torch.zeros(2, 11, 8)]),
-        ("model_config/num_heads", [-2, 2.0]),
-        ("model_config/embed_dim", [("ODD", "long text")]),
-        ("model_config/img_size", ["%1000000000d"]),  # which % would format
-        ("model_config/mlp_ratio", [("ODD", "10**400")]),
-        ("model_config/depth", [10**9]),
-        ("model_config/dropout", ["x"]),
-        ("model_config/other", [("ODD", "laughs")]),
-        ("model_config/\x1b[2J", [1]),
-        ("model_state_dict/\x1b[2J", [torch.ones(1)]),
-        ("model_state_dict/head.weight", [("TENSORS", "nan"), ("TENSORS", "largest float")]),
-        ("model_state_dict/head.weight", [("TENSORS", "complex"), ("TENSORS", "bool")]),
-        ("model_state_dict/head.weight", [("TENSORS", "meta"), ("TENSORS", "sparse")]),
-        ("model_state_dict/blocks.0.norm1.weight", [("TENSORS", "claims to be huge")]),
+REFUSED = {
+    "epoch": [("ODD", "10**5000"), -1],  # Python does not print the first
+    "best_acc": [float("nan")],
+    "format": [3, 0, 2.0, True, None, "2", ("ODD", "laughs")],
+    "dataset": [("ODD", odd) for odd in ("laughs", "deep list", "escape codes", "surrogate")],
+    "class_names": [
+        [name, *"123456789"] for name in ("\x1b[2J", "two\nlines", "x" * 200, ("ODD", "laughs"))
     ],
-    ids=str,
-)
-def test_a_checkpoint_with_such_a_value_is_refused(whole, tmp_path, place, values):
-    for value in values:
-        assert is_refused(tmp_path, with_value(whole, place, value)), value
+    "normalization/std": [0.0, float("nan")],
+    "normalization/mean": [1e300],
+    "settings/label_smoothing": [5.0],
+    "calibration": [None, {}, ("ODD", "laughs")],
+    "calibration/temperature": [0.0, -1.0, float("nan"), float("inf"), ("ODD", "10**400")],
+    "calibration/threshold": [float("nan"), float("inf"), None],
+    "calibration/whitening": [("ODD", "nan"), ("ODD", "huge tensor"), None],
+    "calibration/centres": [
+        *(("ODD", odd) for odd in ("huge tensor", "complex", "sparse", "meta")),
+        torch.zeros(2, 0, 8),
+        torch.zeros(2, 11, 8),
+    ],
+    "model_config/num_heads": [-2, 2.0],
+    "model_config/embed_dim": [("ODD", "long text")],
+    "model_config/img_size": ["%1000000000d"],  # which % would format
+    "model_config/mlp_ratio": [("ODD", "10**400")],
+    "model_config/depth": [10**9],
+    "model_config/dropout": ["x"],
+    "model_config/other": [("ODD", "laughs")],
+    "model_config/\x1b[2J": [1],
+    "model_state_dict/\x1b[2J": [torch.ones(1)],
+    "model_state_dict/blocks.0.norm1.weight": [("ODD", "huge tensor")],
+    "model_state_dict/head.weight": [
+        ("ODD", odd) for odd in ("nan", "largest float", "complex", "bool", "meta", "sparse")
+    ],
+}
+
+
+@pytest.mark.parametrize("place", REFUSED)
+def test_a_checkpoint_with_such_a_value_is_refused(whole, tmp_path, place):
+    for value in REFUSED[place]:
+        assert is_refused(tmp_path, mutations.with_value(whole, place, value)), value
 
 
 def test_many_blocks_without_tensors_cost_nothing(whole, tmp_path):
@@ -161,7 +138,7 @@ def test_many_blocks_without_tensors_cost_nothing(whole, tmp_path):
     state["patch_embed.proj.weight"] = torch.zeros(1, 1, 1, 1).expand(2000, 1, 7, 7)
     state |= {f"blocks.{i}.x": state["head.bias"] for i in range(9000)}
     del content["model_config"]
-    assert is_refused(tmp_path, saved(content))
+    assert is_refused(tmp_path, mutations.saved(content))
 
 
 # -------------------------------------------------------------------------------- pickles by hand
@@ -261,18 +238,17 @@ def test_a_pickle_with_foreign_code_is_refused_unrun(tmp_path, monkeypatch, atta
         assert is_refused(tmp_path, content)
 
 
+REBUILD = "tensor_v2 parameter qtensor sparse_tensor wrapper_subclass device_tensor_from_numpy"
 FRAGMENTS = [
     *(code.encode("latin-1") for code in "()tlded]}0.12RbQuas"),
     *(b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x89", b"N", b"q\0", b"q\1", b"h\0", b"h\1"),
     *RUNS_CODE.values(),
     *map(number, (0, 1, -1, 5, 2**31, 2**40, 10**100)),
     *map(text, ("", "0", "cpu", "meta", "cuda", "storage", "model_state_dict", "hex", "zlib")),
-    *(name("torch", each) for each in ("Tensor", "FloatStorage", "float32", "Size", "device")),
-    *(name("builtins", each) for each in ("bytearray", "set", "complex")),
-    *(name("collections", each) for each in ("OrderedDict", "Counter")),
-    *(name("torch._utils", f"_rebuild_{each}") for each in ("tensor_v2", "parameter", "qtensor")),
-    *(name("torch._utils", f"_rebuild_{each}") for each in ("sparse_tensor", "wrapper_subclass")),
-    name("torch._utils", "_rebuild_device_tensor_from_numpy"),
+    *(name("torch", each) for each in "Tensor FloatStorage float32 Size device".split()),
+    *(name("builtins", each) for each in "bytearray set complex".split()),
+    *(name("collections", each) for each in "OrderedDict Counter".split()),
+    *(name("torch._utils", f"_rebuild_{each}") for each in REBUILD.split()),
     name("torch._tensor", "_rebuild_from_type_v2"),
     name("_codecs", "encode"),
     tensor(2, stored=2),
@@ -289,8 +265,43 @@ def test_loader_on_pickles_put_together_at_random(tmp_path, fragments):
 
 
 def chain(times: int, first: bytes, again: bytes) -> bytes:
-    """A tuple of values, each of which `again` makes of the one before, which `h\\0` brings."""
-    return b"(" + first + b"q\0" + times * (again + b"q\0") + b"t"
+    """A list of values, each of which `again` makes of the one before, which `h\0` brings."""
+    return b"(" + first + b"q\0" + times * (again + b"q\0") + b"l"
+
+
+BYTEARRAY = call(name("builtins", "bytearray"), number(1 << 29))
+ENCODE = name("_codecs", "encode")
+TUPLES = chain(40, b")", b"h\0\x86")[:-1]  # with 2^40 values in the last; a mark is still open
+IN_EACH_OTHER = b"(]q\0" + b"".join(b"]h%caq%c" % (i, i + 1) for i in range(110))
+COSTLY = {  # to load, to print or to compare: half a gigabyte, 2^40 steps, or without an end
+    "bytearray": BYTEARRAY,
+    "tensor": call(name("torch", "Tensor"), number(1 << 27)),
+    "hex of hex of hex": chain(
+        26, call(ENCODE, text("a" * 16), text("latin1")), ENCODE + b"h\0" + text("hex") + b"\x86R"
+    ),
+    "tuples in tuples": TUPLES + b"l",
+    "tuples as a key": TUPLES + b"}h\0Nsl",
+    "tuples as a key, thrown away": TUPLES + b"}h\0Nsl0N",
+    "tuples as a key, left behind": TUPLES + b"}h\0Nsl}",
+    "tuples in a Counter": TUPLES + call(name("collections", "Counter"), b"h\0") + b"l",
+    "tuples in a storage's key": TUPLES + storage(1, b"h\0") + b"l",
+    "a tuple as a key again and again": chain(14, b")", b"h\0\x86")[:-1] + b"}" + 5000 * b"h\0Ns",
+    "tuple in tuple": b")" + 10**4 * b"\x85",
+    "lists in lists": chain(30, b"]", b"]h\0ah\0a"),
+    "a list in itself": b"]q\0h\0ah\0a",
+    "deep lists": chain(110, b"]", b"]h\0a"),
+    "deep lists, seen from inside": IN_EACH_OTHER
+    + b"".join(b"h%c" % i for i in reversed(range(111)))
+    + b"l",
+    "many codes": b"]" + 10**5 * b"q\0",
+}
+
+
+@pytest.mark.parametrize("value", COSTLY)
+def test_a_pickle_that_costs_more_than_its_size_is_refused(monkeypatch, value):
+    monkeypatch.setattr(archive, "MAX_VALUES", 10**5)  # a hundredth of what it is
+    with bounded(memory=200 << 20), pytest.raises(archive.RefusedError):
+        archive.read_archive(archive_of(checkpoint_of(COSTLY[value])))
 
 
 def that_claims(whole: bytes, size: int) -> bytes:
@@ -301,90 +312,34 @@ def that_claims(whole: bytes, size: int) -> bytes:
 
 def shared(record: bytes, times: int) -> bytes:
     """An archive in which so many entries are the same bytes of the file."""
-    whole = archive_of(checkpoint_of(b"N"), record)
+    whole = archive_of(HARMLESS, record)
     start, end = whole.rindex(b"PK\1\2"), whole.rindex(b"PK\5\6")
     entries, tail = whole[start:end] * times, bytearray(whole[end:])
     struct.pack_into("<2H2I", tail, 8, times, times, len(entries), start)
     return whole[:start] + entries + tail
 
 
-BYTEARRAY = checkpoint_of(call(name("builtins", "bytearray"), number(1 << 29)))
-ENCODE = name("_codecs", "encode")
-HEX = ENCODE + b"h\0" + text("hex") + b"\x86R"
-TUPLES = chain(40, b")", b"h\0\x86")[:-1]  # 2^40 of them, the last at h\0; its mark is open
-BOMBS = {  # of half a gigabyte or of 2^40 steps, in about a kilobyte
-    "bytearray": archive_of(BYTEARRAY),
-    "bytearray in an old format": in_other_wrappings(BYTEARRAY)["legacy"],
-    # Python sees the second archive, PyTorch's own reader the first.
-    "bytearray in another archive": archive_of(BYTEARRAY)[:-22]
-    + archive_of(checkpoint_of(b"N") + bytes(len(BYTEARRAY) - len(checkpoint_of(b"N")))),
-    "tensor": archive_of(checkpoint_of(call(name("torch", "ones"), number(1 << 27)))),
-    "hex of hex of hex": archive_of(
-        checkpoint_of(chain(26, call(ENCODE, text("a" * 16), text("latin1")), HEX))
-    ),
-    "tuples as a key": archive_of(checkpoint_of(b"N", TUPLES + b"t")),
-    "tuples as a key, left behind": archive_of(b"\x80\x02" + TUPLES + b"}h\0Nst}."),
-    "tuples as a key, thrown away": archive_of(b"\x80\x02" + TUPLES + b"}h\0Nst0}."),
-    "tuples in a Counter": archive_of(
-        checkpoint_of(TUPLES + call(name("collections", "Counter"), b"h\0") + b"t")
-    ),
-    "tuples in a storage's key": archive_of(checkpoint_of(TUPLES + storage(1, b"h\0") + b"t")),
-    "a tuple as a key again and again": archive_of(
-        checkpoint_of(chain(14, b")", b"h\0\x86")[:-1] + b"}" + 5000 * b"h\0Ns" + b"t")
-    ),
-    "tuple in tuple": archive_of(checkpoint_of(b"N", b")" + 10**5 * b"\x85")),
-    "zip bomb": archive_of(
-        checkpoint_of(tensor(1 << 26, stored=1 << 26)),
-        bytes(1 << 28),
-        compression=zipfile.ZIP_DEFLATED,
-    ),
-    "zip bomb that denies it": that_claims(
-        archive_of(checkpoint_of(b"N"), bytes(1 << 29), compression=zipfile.ZIP_DEFLATED), 9
-    ),
+HARMLESS, HOSTILE = checkpoint_of(b"N"), checkpoint_of(BYTEARRAY)
+DEFLATED = archive_of(HARMLESS, bytes(1 << 29), compression=zipfile.ZIP_DEFLATED)
+BOMBS = {  # files that want half a gigabyte
+    "zip bomb": DEFLATED,
+    "zip bomb that denies it": that_claims(DEFLATED, 9),
     "entries that share their bytes": shared(bytes(1 << 20), times=500),
-    "tuples in a file in capitals": zipped(
-        [("a/data.PKL", checkpoint_of(b"N", TUPLES + b"t"), 0), ("a/version", b"3\n", 0)]
-    ),
+    "an old format": in_other_wrappings(HOSTILE)["legacy"],
+    "a name in capitals": zipped([("a/data.PKL", HOSTILE, 0), ("a/version", b"3\n", 0)]),
+    # Python reads the second of these archives, PyTorch the first.
+    "another archive before it": archive_of(HOSTILE)[:-22]
+    + archive_of(HARMLESS.ljust(len(HOSTILE), b"\0")),
     "storage larger than its record": archive_of(
-        checkpoint_of(tensor(10**6, stored=10**6)), bytes(4)
+        checkpoint_of(tensor(10**8, stored=10**8)), bytes(4)
     ),
-    "tensor larger than its storage": archive_of(checkpoint_of(tensor(10**6, stored=1)), bytes(4)),
+    "tensor larger than its storage": archive_of(checkpoint_of(tensor(10**8, stored=1)), bytes(4)),
     "tensor before its storage": archive_of(
         checkpoint_of(tensor(1, stored=1, offset=-(10**6))), bytes(4)
     ),
 }
 
 
-IN_EACH_OTHER = b"(]q\0" + b"".join(b"]h%caq%c" % (i, i + 1) for i in range(110))
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        chain(30, b"]", b"]h\0ah\0a"),
-        chain(110, b"]", b"]h\0a"),
-        IN_EACH_OTHER + b"".join(b"h%c" % i for i in reversed(range(111))) + b"t",
-        b"]q\0h\0ah\0a",
-        TUPLES + b"t",
-        b")" + 10**4 * b"\x85",
-        b"]" + 10**5 * b"q\0",
-    ],
-    ids=[
-        "lists in lists",
-        "deep",
-        "deep, from inside",
-        "itself",
-        "tuples in tuples",
-        "very deep",
-        "many codes",
-    ],
-)
-def test_values_that_nobody_could_print_are_refused(monkeypatch, value):
-    monkeypatch.setattr(archive, "MAX_VALUES", 10**5)  # a hundredth of what it is
-    with bounded(memory=200 << 20), pytest.raises(archive.RefusedError):
-        archive.read_archive(archive_of(checkpoint_of(value)))
-
-
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_small_file_that_wants_much_memory_or_time_is_refused(tmp_path, bomb):
+def test_a_small_file_that_wants_much_memory_is_refused(tmp_path, bomb):
     assert is_refused(tmp_path, BOMBS[bomb])

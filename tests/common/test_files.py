@@ -1,0 +1,67 @@
+"""Files that belong together, places that can't be written, and the lock on a folder."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from common import files
+from common.errors import UserError
+from common.signals import uninterrupted
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x.pt", tmp_path):
+        for write in (files.check_writable, lambda p: files.write_text(p, "text")):
+            with pytest.raises(UserError, match=f"{path} cannot be written"):
+                write(path)
+
+
+def test_an_interrupt_waits_for_files_that_belong_together(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            files.write_text(tmp_path / "second", "whole")
+        pytest.fail("the interrupt was lost")
+    assert (tmp_path / "second").read_text() == "whole"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+LOCK = """
+import sys
+from common.files import lock_folder
+with lock_folder(sys.argv[1]):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_locked_folder_names_its_process_and_is_free_when_that_is_killed(tmp_path):
+    command = [sys.executable, "-c", LOCK, str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT / "src", stdin=pipe, stdout=pipe) as process:
+        process.stdout.readline()
+        with pytest.raises(UserError, match=rf"in use by another run \(process {process.pid}\)"):
+            files.lock_folder(tmp_path).__enter__()
+        process.kill()
+    (tmp_path / ".last.123.tmp.pt").write_bytes(b"half")
+    with files.lock_folder(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [".lock", ".lock.pid"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
+def test_a_file_system_without_locks_gets_a_note(tmp_path, monkeypatch, capsys, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(files.FileLock, "acquire", fail)
+    with files.lock_folder(tmp_path):
+        assert capsys.readouterr().err.startswith(f"note: {tmp_path}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        files.lock_folder(tmp_path / "file").__enter__()
