@@ -31,7 +31,7 @@ HERE = ("--output_dir", "outputs", "--todo_path", "TODO.md")
 def comparable(value):
     """What a checkpoint holds, to the last bit; times aside."""
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.numpy().tobytes()
+        return value.dtype, value.shape, value.reshape(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(value, dict):
         times = ("seconds", "images_per_second", "finished")
         return {key: comparable(each) for key, each in value.items() if key not in times}
