@@ -2,9 +2,10 @@
 
 This is the recipe, top to bottom. Around it
 
-    recipes.py             every flag and its default: `Settings`, how a run learns, `Options`, on
-                           what and where; the recipes; what a data set changes
-    training/run.py        what keeps a run safe: stops, steps that are not finite, other processes
+    recipes.py             every flag and its default: `Settings` (how a run learns) and `Options`
+                           (data, machine, output); the recipes; what a data set changes
+    training/run.py        what a run does when it is stopped, when a step is not finite, and to
+                           save and count; none of that is in the recipe
     training/run_files.py  what best_model.pt, last.pt and history.json hold, and the printed report
 """
 
@@ -19,7 +20,7 @@ from common import cli
 from recipes import Options, Settings, parse_args, resolve
 
 if __name__ == "__main__":
-    cli.check_flags(parse_args)  # a wrong one ends the script here: PyTorch's import takes seconds
+    cli.check_flags(parse_args)  # refuses a wrong flag now, before the slow import of PyTorch
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def main() -> None:
     world = find_world()
     device = device_of(world, choose_device(typed.device))
     keep_freed_memory()
-    # Of a run that is resumed the options are its own, but for the few that may change.
+    # A resumed run keeps its options; flags that recipes.py marks with `changes` may be given anew.
     with open_run(typed, given, world, device) as (options, saved):
         settings, dataset = load_data(options, given, saved, world)
         train(options, settings, dataset, saved, device, world)
@@ -57,8 +58,9 @@ def load_data(
 ) -> tuple[Settings, Dataset]:
     """The data set, and the settings of a run on it.
 
-    Wrong flags are refused before a download, so the settings are resolved twice: for the data set
-    that is expected, and for the one that came.
+    The settings are resolved twice. First for the data set that is expected, so that most wrong
+    flags are refused before a download; then for the one that was loaded, as the digits may have
+    replaced MNIST.
 
     Raises:
         UserError: flags contradict each other or have no effect, or the data set can't be had.
@@ -73,7 +75,7 @@ def load_data(
             f"--data_dir {options.data_dir} has no effect: the digits come with scikit-learn; "
             "leave it out"
         )
-    # With --data_dir, "auto" is MNIST alone: the digits are no replacement for a folder's content.
+    # Who names a folder wants what is in it: then the digits don't replace a missing MNIST.
     name = expected if "data_dir" in given else options.dataset
     dataset = load_on_all_processes(name, options.data_dir, world)
     return resolve(options.recipe, dataset.name, given), dataset
@@ -90,7 +92,7 @@ def train(
     """Train a model, from the batches to the report.
 
     Args:
-        saved: a run to go on with; None: begin one.
+        saved: the run to resume; None starts a new one.
         world: the processes that train together, each on a part of every batch.
     """
     loaders = make_loaders(
@@ -105,7 +107,8 @@ def train(
     )
     train_loader, val_loader, test_loader = loaders
 
-    seed_generators(options.seed)  # alike in all processes, and so are the weights that are drawn
+    # The same in all processes, so that they draw the same weights; `run.start` seeds them anew.
+    seed_generators(options.seed)
     _, in_chans, img_size, _ = dataset.train.images.shape
     model_config = {"img_size": img_size, "in_chans": in_chans}
     model_config |= {"num_classes": len(dataset.class_names), **settings.section("model")}
@@ -116,34 +119,37 @@ def train(
 
     precision = choose_precision(options.precision, device)
     run = Run(options, settings, dataset, precision, device, world, saved)
-    run.start(model, model_config, optimizer, schedule, average, loaders)  # or where `saved` was
+    run.start(model, model_config, optimizer, schedule, average, loaders)  # or restore `saved`
     step_options = {"precision": precision, "grad_accum_steps": options.grad_accum_steps}
     network = prepare(model, options.compile, train_loader, **step_options, world=world)
-    backward = partial(forward_backward, network, criterion, optimizer, **step_options, world=world)
-    with run:  # a stop, or a step that is not finite, ends the script here, in good order
+    compute_gradients = partial(
+        forward_backward, network, criterion, optimizer, **step_options, world=world
+    )
+    with run:  # Ctrl-C saves and ends the script; so does a step that is not finite, unsaved
         for epoch in run.epochs():
             model.train()
             for batch in run.batches(train_loader):
-                loss, hits = backward(batch)
+                loss, hits = compute_gradients(batch)  # zero_grad, forward, backward
                 grad_norm = clip_gradients(optimizer, settings.grad_clip)
-                finite = run.is_finite(loss, grad_norm)  # the same answer in all processes
-                if finite:
-                    take_step(optimizer, backward, batch, world)
+                # The same answer in all processes. On a GPU the check comes some steps later.
+                finite = run.is_finite(loss, grad_norm)
+                if finite:  # else the step is left out, with --on_nonfinite skip
+                    take_step(optimizer, compute_gradients, batch, world)
                     average.step_batch()
                 schedule.step_batch()  # also after a skipped step: the run keeps its length
                 run.end_step(batch, loss, hits, grad_norm, finite)
             average.step_epoch(epoch)
-            # Of the averaged weights where there is an average, else of the model's own.
+            # Validate the averaged weights if there is an average, else the model's own.
             validation = evaluate(average.module, val_loader, criterion, device, world)
             schedule.step_epoch(validation.loss)
-            run.end_epoch(validation)  # which keeps the model with the highest accuracy
+            run.end_epoch(validation)  # writes last.pt, and best_model.pt if it is the best so far
     run.finish(evaluate(run.best_model(), test_loader, criterion, device, world))
 
 
 def build_optimizer_and_schedule(
     settings: Settings, model: nn.Module, steps_per_epoch: int
 ) -> tuple[Optimizer, Schedule]:
-    """What `settings.optimizer` and `settings.scheduler` call for, with the flags beside them."""
+    """What `settings.optimizer` and `settings.scheduler` call for, with their related flags."""
     optimizer = build_optimizer(
         settings.optimizer,
         model,
@@ -189,7 +195,7 @@ def forward_backward(
     optimizer.zero_grad()
     loss = torch.zeros((), device=batch.images.device)
     hits = torch.zeros((), dtype=torch.int64, device=batch.images.device)
-    no_sync = getattr(network, "no_sync", nullcontext)  # only of several processes
+    no_sync = getattr(network, "no_sync", nullcontext)  # only DDP has it
     pieces = zip(
         batch.images.tensor_split(grad_accum_steps),
         batch.labels.tensor_split(grad_accum_steps),
@@ -199,10 +205,10 @@ def forward_backward(
         with no_sync() if i < grad_accum_steps else nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = network(x).float()  # (B, num_classes)
-            # An empty piece, of an epoch's last batch, has no mean. Its sum, 0, has a backward pass
-            # too, which the other processes wait for.
+            # A piece without images, of an epoch's last batch, has no mean; but the other processes
+            # wait for its backward pass.
             share = criterion(logits, y) * (len(y) / batch.global_size) if len(y) else logits.sum()
-            (share * world.size).backward()  # the mean over processes makes it a sum
+            (share * world.size).backward()  # DDP takes the mean over processes, we want the sum
         loss += share.detach()
         hits += (logits.detach().argmax(dim=1) == y).sum()
     return loss, hits
@@ -210,16 +216,16 @@ def forward_backward(
 
 def take_step(
     optimizer: Optimizer,
-    backward: Callable[[Batch], tuple[Tensor, Tensor]],
+    compute_gradients: Callable[[Batch], tuple[Tensor, Tensor]],
     batch: Batch,
     world: World,
 ) -> None:
     """Update the weights by their gradients.
 
-    LBFGS computes loss and gradients again at each point that it tries, and takes them as they are.
+    LBFGS computes loss and gradients again at each point that it tries; these are not clipped.
     """
     if needs_closure(optimizer):
-        optimizer.step(lambda: world.sum(backward(batch)[0]))
+        optimizer.step(lambda: world.sum(compute_gradients(batch)[0]))
     else:
         optimizer.step()
 

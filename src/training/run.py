@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,9 @@ class Run:
         """
         self.model, self.optimizer, self.loaders = model, optimizer, loaders
         self.epochs_done, self.sums = 0, EpochSums.zeros(optimizer, self.device)
-        known = (getattr(self, field.name) for field in fields(self))
-        self.files = RunFiles(*known, model, model_config, optimizer, schedule, average)
+        about = self.options, self.settings, self.dataset, self.precision, self.device, self.world
+        trained = model, model_config, optimizer, schedule, average
+        self.files = RunFiles(*about, self.saved, *trained)
         self._print_start(schedule)
         if self.world.rank:  # the weights are drawn alike in all processes, dropout is not to be
             resume.seed_generators(self.options.seed + self.world.rank)
@@ -187,7 +188,7 @@ class Run:
             yield epoch
 
     def batches(self, loader: BatchLoader) -> Iterator[Batch]:
-        """What is left of the epoch, with a progress bar."""
+        """What is left of the epoch, with a progress bar; at its end, sums and time are taken."""
         self._bar = tqdm(
             loader,
             desc=f"epoch {self.epoch}/{self.settings.epochs}",

@@ -124,6 +124,7 @@ class RunFiles:
         return {
             "format": FORMAT,
             "epoch": epochs_done,
+            # To use: the averaged weights if there is an average; then the model's own beside them.
             "model_state_dict": average.module.state_dict(),
             **({"raw_model_state_dict": model.state_dict()} if average.active else {}),
             "optimizer_state_dict": self.optimizer.state_dict(),
@@ -143,7 +144,7 @@ class RunFiles:
         if self.world.leads:
             content = {
                 **self.inference_state(epochs_done),
-                "raw_model_state_dict": self.model.state_dict(),
+                "raw_model_state_dict": self.model.state_dict(),  # training goes on from these
                 "average_state_dict": self.average.state_dict(),
                 "run": self.run,
                 "position": {"epoch": epochs_done, "step": sums.steps, "totals": sums_of_all},
