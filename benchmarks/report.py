@@ -97,7 +97,7 @@ def train_epoch(
 ) -> None:
     """The steps of src/train.py over one pass, without what a run does beside them."""
     for number, (images, labels) in enumerate(loader):
-        batch = Batch(images, labels, loader.size_of(number))
+        batch = Batch(images, labels, labels, loader.size_of(number))
         forward_backward(network, criterion, optimizer, batch, **how)
         clip_gradients(optimizer, grad_clip)
         optimizer.step()

@@ -50,7 +50,7 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randn(settings.batch_size, 1, 28, 28, device=device)
     labels = torch.randint(10, (settings.batch_size,), device=device)
-    batch = Batch(images, labels, len(images))
+    batch = Batch(images, labels, labels, len(images))
     criterion = nn.CrossEntropyLoss()
     peaks = {
         "fp32": matmul_peak(torch.float32, device),

@@ -58,7 +58,7 @@ class Task:
     def dataset(self) -> Dataset:
         """The data set that the model was made for. Raises UserError if it can't be had."""
         check_image_shape(self.checkpoint, self.args.checkpoint)
-        return load_dataset(self.checkpoint["dataset"], self.args.data_dir)
+        return load_dataset(self.checkpoint["source"], self.args.data_dir)
 
     @cached_property
     def test(self) -> BatchLoader:

@@ -9,20 +9,23 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from common import cli
 from common.cli import integer, number
 from common.errors import UserError
+from data.catalog import NAMED_SETS, PREPARATIONS
 
 SECTIONS = {  # of --help, in its order
     "data": "data",
+    "folder": "images of your own (--dataset folder)",
     "recipe": "recipe (the defaults of all flags below are the article's)",
     "optimization": "optimization (names: python src/optim.py --list)",
     "model": "model",
     "augmentation": "augmentation (strengths; 0: off)",
+    "mixing": "mixing of images (0: off)",
     "machine": "machine",
     "resuming": "stopping and resuming",
     "output": "what is written",
@@ -51,7 +54,8 @@ def section(name: str, **shared: Any) -> Callable[..., Any]:
 
 data_flag, recipe_flag = section("data"), section("recipe")
 optimization_flag, model_flag = section("optimization"), section("model")
-augmentation_flag = section("augmentation", off=0.0)
+folder_flag = section("folder")
+augmentation_flag, mixing_flag = section("augmentation", off=0.0), section("mixing", off=0.0)
 machine_flag = section("machine", changes=True)
 resuming_flag = section("resuming", changes=True)
 output_flag = section("output", changes=True, stored=False)
@@ -66,6 +70,11 @@ class Settings:
     )
     batch_size: int = recipe_flag(128, "images in a step", integer(1))
     label_smoothing: float = recipe_flag(0.1, "share of a target spread evenly", number(0, 1))
+    class_weights: str = recipe_flag(
+        "none",
+        "of the classes in the loss; auto: the rarer, the heavier",
+        choices=("none", "auto"),
+    )
 
     optimizer: str = optimization_flag("AdamW", 'a call: "SGD(momentum=0.9, nesterov=True)"')
     lr: float = optimization_flag(1e-3, "learning rate at the start", number(0, above=True))
@@ -94,7 +103,11 @@ class Settings:
         "cos", "shape of the way to --swa_lr", choices=("cos", "linear")
     )
 
-    patch_size: int = model_flag(7, "side of a patch in pixels; divides 28", integer(1))
+    patch_size: int = model_flag(
+        7,
+        "side of a patch in pixels; where 7 doesn't divide the image's side, one that does",
+        integer(1),
+    )
     embed_dim: int = model_flag(96, "width of a token", integer(1, 10**5))
     depth: int = model_flag(16, "transformer blocks", integer(1, 10**4))
     num_heads: int = model_flag(4, "attention heads; divide embed_dim", integer(1))
@@ -115,12 +128,32 @@ class Settings:
     )
     elastic: float = augmentation_flag(0.0, "bending: std of the shifts in pixels", number(0, 28))
     erase: float = augmentation_flag(0.0, "share of images that lose a rectangle", number(0, 1))
+    hflip: float = augmentation_flag(
+        0.0,
+        "share of images that are mirrored; 0.5 without a value",
+        number(0, 1),
+        nargs="?",
+        const=0.5,
+    )
+    random_crop: int = augmentation_flag(
+        0,
+        "widen images by so many reflected pixels, then cut their size out anywhere",
+        integer(0, 64),
+        off=0,
+    )
+    color_jitter: float = augmentation_flag(
+        0.0, "brightness, contrast and saturation vary by this share", number(0, 1)
+    )
+    rand_augment: int = augmentation_flag(
+        0, "so many changes to each image, drawn from fourteen (RandAugment)", integer(0, 14), off=0
+    )
 
-    def section(self, name: str) -> dict[str, Any]:
-        """The values of one section by name, as `ViT` takes "model", `Augment` "augmentation"."""
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.metadata["section"] == name
-        }
+    mixup: float = mixing_flag(
+        0.0, "alpha of Beta(alpha, alpha), which draws the share of a second image", number(0)
+    )
+    cutmix: float = mixing_flag(
+        0.0, "the same for a rectangle of a second image; with mixup, one or the other", number(0)
+    )
 
 
 # What `--recipe` names: settings that replace defaults; a flag given by hand wins over them. They
@@ -169,24 +202,23 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # What replaces a recipe's setting where a data set asks for it.
-DATASET_SETTINGS: dict[str, dict[str, Any]] = {
-    "mnist": {},
-    # 20 passes over 1,437 images are too few steps for 16 blocks: fewer blocks, more passes.
-    "digits": {"epochs": 100, "batch_size": 64, "depth": 4},
-}
+DATASET_SETTINGS = {name: row.settings for name, row in NAMED_SETS.items()} | {"folder": {}}
 
 
 @dataclass(frozen=True)
 class Options:
     """What a run trains on, where it computes and what it writes."""
 
-    data_dir: str = data_flag(
-        "./mnist", "folder with MNIST, or to fetch it to", changes=True, stored=False
+    data_dir: str | None = data_flag(
+        None,
+        "folder with the data set, or to fetch it to; None: ./mnist for mnist, else ./datasets",
+        changes=True,
+        stored=False,
     )
     dataset: str = data_flag(
         "auto",
         "auto: mnist, or, without --data_dir, digits where MNIST can neither be found nor "
-        "downloaded",
+        "downloaded; folder: images of your own, a folder of --data_dir for each class",
         choices=("auto", *DATASET_SETTINGS),
     )
     train_samples: int | None = data_flag(
@@ -194,6 +226,36 @@ class Options:
     )
     num_workers: int = data_flag(
         0, "threads that prepare batches ahead; 0: none", integer(0, 256), changes=True
+    )
+    img_size: int | None = folder_flag(
+        None,
+        "side to which images are brought, in pixels; None: their own, at most 64",
+        integer(4, 1024),
+    )
+    in_chans: int | None = folder_flag(
+        None, "1: grey, 3: colour; None: 3 if any image has colour", int, choices=(1, 3)
+    )
+    resize: str = folder_flag(
+        "crop",
+        "what is done with images that are not square: their middle is taken, they are padded, or "
+        "stretched",
+        choices=PREPARATIONS[1:],
+    )
+    val_split: float | None = folder_flag(
+        None,
+        "share of the images to validate; None: 0.1 where there is no val folder",
+        number(0, 1, above=True),
+    )
+    test_split: float | None = folder_flag(
+        None,
+        "share of the images to test; None: 0.1 where there is no test folder",
+        number(0, 1, above=True),
+    )
+    cache_dir: str | None = folder_flag(
+        None,
+        "where the prepared images are kept; None: in --data_dir",
+        changes=True,
+        stored=False,
     )
     recipe: str = recipe_flag(
         "article",
@@ -253,7 +315,16 @@ def parse_args(flags: Sequence[str] | None = None) -> tuple[Options, dict[str, A
     add_flags(parser, FLAGS.values())
     parser.parse_args(flags)
     given = parser.given()
-    return Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given}), given
+    options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
+    if options.data_dir is None and options.dataset != "folder":
+        data_dir = NAMED_SETS["mnist" if options.dataset == "auto" else options.dataset].data_dir
+        options = replace(options, data_dir=data_dir)
+    return options, given
+
+
+def section_of(flags: "Settings | Options", name: str) -> dict[str, Any]:
+    """The values of one section by name, as `ViT` takes "model" and `Augment` "augmentation"."""
+    return {f.name: getattr(flags, f.name) for f in fields(flags) if f.metadata["section"] == name}
 
 
 def add_flags(parser: argparse.ArgumentParser, flags: Sequence[Field]) -> None:
@@ -268,24 +339,64 @@ def add_flags(parser: argparse.ArgumentParser, flags: Sequence[Field]) -> None:
             group.add_argument(f"--{flag.name}", default=flag.default, **about)
 
 
-def resolve(recipe: str, dataset: str, given: Mapping[str, Any]) -> Settings:
+def check_data_flags(dataset: str, given: Mapping[str, Any]) -> None:
+    """Raise UserError if a data set misses a flag, or one that is given has no effect on it.
+
+    Args:
+        dataset: the name for --dataset.
+        given: flags by name.
+    """
+    if dataset == "folder":
+        if "data_dir" not in given:
+            raise UserError(
+                "--dataset folder: name the folder, which has a folder of images for each class, "
+                "with --data_dir"
+            )
+        return
+    idle = [f.name for f in fields(Options) if f.metadata["section"] == "folder"]
+    if NAMED_SETS[dataset].data_dir is None:
+        idle.append("data_dir")
+    for name in idle:
+        if name in given:
+            title = NAMED_SETS[dataset].title
+            reason = (
+                f"{title} need no files" if name == "data_dir" else "it is for --dataset folder"
+            )
+            raise UserError(f"--{name} {given[name]} has no effect: {reason}; leave it out")
+
+
+def resolve(
+    recipe: str, dataset: str, given: Mapping[str, Any], img_size: int | None = None
+) -> Settings:
     """The settings of a run: the defaults, what replaces them in the recipe, what the data set asks
     for, what was given by hand.
 
     Args:
+        dataset: the name for --dataset.
         given: flags by name; those that are no settings are left out.
+        img_size: side of the images; None: that of a named set, not yet known of a folder.
 
     Raises:
-        UserError: the settings don't fit together.
+        UserError: the settings don't fit together, or with the data set.
     """
     names = {f.name for f in fields(Settings)}
     given = {name: value for name, value in given.items() if name in names}
     s = Settings(**{**RECIPES[recipe], **DATASET_SETTINGS[dataset], **given})
-    if 28 % s.patch_size != 0:
-        raise UserError(
-            f"--patch_size {s.patch_size} does not divide the image's side of 28: "
-            "give 1, 2, 4, 7, 14 or 28"
-        )
+    if dataset in NAMED_SETS:
+        img_size = NAMED_SETS[dataset].img_size
+        if s.hflip and not NAMED_SETS[dataset].mirrors:
+            raise UserError(
+                f"--hflip: a mirrored image of {dataset} may be one of another class; leave it out"
+            )
+    if img_size is not None and img_size % s.patch_size != 0:
+        divisors = [n for n in range(1, img_size + 1) if img_size % n == 0]
+        if "patch_size" in given:
+            raise UserError(
+                f"--patch_size {s.patch_size} does not divide the image's side of {img_size}: "
+                f"give {', '.join(map(str, divisors[:-1]))} or {img_size}"
+            )
+        # As near as can be to 8 x 8 patches.
+        s = replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - 8)))
     if round(s.embed_dim * s.mlp_ratio) < 1:
         raise UserError(f"--mlp_ratio {s.mlp_ratio} leaves the MLP no neuron: raise it")
     if s.pos_embed == "sincos2d" and s.embed_dim % 4 != 0:
@@ -305,9 +416,17 @@ def resolve(recipe: str, dataset: str, given: Mapping[str, Any]) -> Settings:
 
 
 def to_stored(options: Options, settings: Settings, dataset: str) -> dict[str, Any]:
-    """What a checkpoint tells of a run: its options, without the machine's, and `settings`."""
+    """What a checkpoint tells of a run: its options, without the machine's, and `settings`.
+
+    Args:
+        dataset: the name for --dataset of the data set that was loaded.
+    """
     options = {f.name: getattr(options, f.name) for f in fields(options) if f.metadata["stored"]}
     return {**options, "dataset": dataset, "settings": asdict(settings)}
+
+
+# Options that checkpoints have from format 3 on.
+NEW = {f.name for f in fields(Options) if f.metadata["section"] == "folder"}
 
 
 def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
@@ -321,7 +440,9 @@ def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
         for f in fields(Settings)
     }
     options = {
-        f.name: _stored_value(f, run[f.name]) for f in fields(Options) if f.metadata["stored"]
+        f.name: _stored_value(f, run.get(f.name, f.default) if f.name in NEW else run[f.name])
+        for f in fields(Options)
+        if f.metadata["stored"]
     }
     return Options(**options), settings
 
@@ -339,7 +460,9 @@ def _stored_value(flag: Field, value: Any) -> Any:
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"its {flag.name}: {error}") from None
     if value not in flag.metadata.get("choices", [value]):
-        raise ValueError(f"its {flag.name} is none of {', '.join(flag.metadata['choices'])}")
+        raise ValueError(
+            f"its {flag.name} is none of {', '.join(map(str, flag.metadata['choices']))}"
+        )
     return value
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from common import cli
-from recipes import Options, Settings, parse_args, resolve
+from recipes import Options, Settings, check_data_flags, parse_args, resolve, section_of
 
 if __name__ == "__main__":
     cli.check_flags(parse_args)  # refuses a wrong flag now, before the slow import of PyTorch
@@ -28,17 +28,17 @@ from torch.optim import Optimizer
 
 from common.device import choose_device, choose_precision
 from common.distributed import SINGLE_PROCESS, World, device_of, find_world
-from common.errors import UserError
 from data.augment import Augment
 from data.dataset import Dataset
 from data.load import load_on_all_processes
+from data.mix import Mix
 from optim import build_optimizer, check_calls, clip_gradients, needs_closure
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule, build_scheduler
 from training.resume import SavedRun, seed_generators
 from training.run import Run, open_run
 from training.speed import keep_freed_memory, prepare
-from utils import Batch, evaluate, make_loaders
+from utils import Batch, class_weights, evaluate, make_loaders
 from vit_model import ViT
 
 
@@ -65,20 +65,18 @@ def load_data(
     Raises:
         UserError: flags contradict each other or have no effect, or the data set can't be had.
     """
+    how_to_load = options.data_dir, section_of(options, "folder"), world
     if saved:
-        return saved.settings, load_on_all_processes(saved.dataset, options.data_dir, world)
+        return saved.settings, load_on_all_processes(saved.dataset, *how_to_load)
     expected = "mnist" if options.dataset == "auto" else options.dataset
+    check_data_flags(expected, given)
     settings = resolve(options.recipe, expected, given)
     check_calls(settings.optimizer, settings.scheduler, swa_lr=settings.swa_lr, given=given)
-    if expected == "digits" and "data_dir" in given:
-        raise UserError(
-            f"--data_dir {options.data_dir} has no effect: the digits come with scikit-learn; "
-            "leave it out"
-        )
     # Who names a folder wants what is in it: then the digits don't replace a missing MNIST.
     name = expected if "data_dir" in given else options.dataset
-    dataset = load_on_all_processes(name, options.data_dir, world)
-    return resolve(options.recipe, dataset.name, given), dataset
+    dataset = load_on_all_processes(name, *how_to_load)
+    img_size = dataset.image_shape[-1]
+    return resolve(options.recipe, dataset.source, given, img_size), dataset
 
 
 def train(
@@ -102,18 +100,24 @@ def train(
         device=device,
         seed=options.seed,
         train_samples=options.train_samples,
-        augment=Augment(**settings.section("augmentation")),
+        augment=Augment(**section_of(settings, "augmentation")),
         world=world,
     )
     train_loader, val_loader, test_loader = loaders
 
     # The same in all processes, so that they draw the same weights; `run.start` seeds them anew.
     seed_generators(options.seed)
-    _, in_chans, img_size, _ = dataset.train.images.shape
-    model_config = {"img_size": img_size, "in_chans": in_chans}
-    model_config |= {"num_classes": len(dataset.class_names), **settings.section("model")}
+    in_chans, img_size, _ = dataset.image_shape
+    num_classes = len(dataset.class_names)
+    model_config = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes}
+    model_config |= section_of(settings, "model")
     model = ViT(**model_config).to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    train_criterion, mix = criterion, Mix(num_classes, **section_of(settings, "mixing"))
+    if settings.class_weights == "auto":  # of the training images; the others count alike
+        weights = class_weights(train_loader.split.labels, num_classes)
+        smoothing = settings.label_smoothing
+        train_criterion = nn.CrossEntropyLoss(weights, label_smoothing=smoothing, reduction="sum")
     optimizer, schedule = build_optimizer_and_schedule(settings, model, len(train_loader))
     average = WeightAverage(model, ema_decay=settings.ema_decay, swa_start=settings.swa_start)
 
@@ -123,12 +127,12 @@ def train(
     step_options = {"precision": precision, "grad_accum_steps": options.grad_accum_steps}
     network = prepare(model, options.compile, train_loader, **step_options, world=world)
     compute_gradients = partial(
-        forward_backward, network, criterion, optimizer, **step_options, world=world
+        forward_backward, network, train_criterion, optimizer, **step_options, world=world
     )
     with run:  # Ctrl-C saves and ends the script; so does a step that is not finite, unsaved
         for epoch in run.epochs():
             model.train()
-            for batch in run.batches(train_loader):
+            for batch in map(mix, run.batches(train_loader)):
                 loss, hits = compute_gradients(batch)  # zero_grad, forward, backward
                 grad_norm = clip_gradients(optimizer, settings.grad_clip)
                 # The same answer in all processes. On a GPU the check comes some steps later.
@@ -188,6 +192,10 @@ def forward_backward(
     This process's part of the batch goes through the network in `grad_accum_steps` pieces, one
     after the other; the batch and its gradient stay the same.
 
+    Args:
+        criterion: the mean over images; with class weights the sum, here divided by the weights of
+            the whole batch.
+
     Returns:
         This process's share of the mean loss; the shares of all processes add up to it. And how
         many images of its part are classified right.
@@ -196,18 +204,19 @@ def forward_backward(
     loss = torch.zeros((), device=batch.images.device)
     hits = torch.zeros((), dtype=torch.int64, device=batch.images.device)
     no_sync = getattr(network, "no_sync", nullcontext)  # only DDP has it
-    pieces = zip(
-        batch.images.tensor_split(grad_accum_steps),
-        batch.labels.tensor_split(grad_accum_steps),
-        strict=True,
-    )
-    for i, (x, y) in enumerate(pieces, 1):
+    total = batch.global_size
+    if (weight := criterion.weight) is not None:
+        total = world.sum(weight[batch.labels].sum())
+    parts = (batch.images, batch.targets, batch.labels)
+    pieces = zip(*(part.tensor_split(grad_accum_steps) for part in parts), strict=True)
+    for i, (x, targets, y) in enumerate(pieces, 1):
         with no_sync() if i < grad_accum_steps else nullcontext():
             with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = network(x).float()  # (B, num_classes)
             # A piece without images, of an epoch's last batch, has no mean; but the other processes
             # wait for its backward pass.
-            share = criterion(logits, y) * (len(y) / batch.global_size) if len(y) else logits.sum()
+            size = len(y) if weight is None else 1
+            share = criterion(logits, targets) * (size / total) if len(y) else logits.sum()
             (share * world.size).backward()  # DDP takes the mean over processes, we want the sum
         loss += share.detach()
         hits += (logits.detach().argmax(dim=1) == y).sum()

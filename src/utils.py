@@ -1,11 +1,11 @@
 """Brings the data set in, as batches, and the metrics out.
 
-MNIST is small: it is read once, kept in memory as bytes on the device that trains, and cut into
-whole batches there. No image passes through Python on its own.
+Small images are read once, kept in memory as bytes on the device that trains, and cut into whole
+batches there. No image passes through Python on its own.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -18,21 +18,13 @@ from torch import Tensor, nn
 from common.distributed import SINGLE_PROCESS, World
 from common.progress import update_todo_md  # noqa: F401 re-exported
 from data.augment import Augment
-from data.dataset import Dataset, Split
+from data.dataset import Batch, Dataset, Split, per_channel  # noqa: F401 Batch is re-exported
 from data.mnist import load_mnist
 
 PUBLISHED_AUGMENT = Augment()
 
 
 # --------------------------------------------------------------------------------------- batches
-
-
-class Batch(NamedTuple):
-    """What one process gets of a batch: images (B, 1, 28, 28), normalised, and labels (B,)."""
-
-    images: Tensor
-    labels: Tensor
-    global_size: int  # of the whole batch, in all processes together
 
 
 class Metrics(NamedTuple):
@@ -44,7 +36,7 @@ class Metrics(NamedTuple):
 
 
 class BatchLoader:
-    """Iterates over (images, labels) batches: float (B, 1, 28, 28), normalised, and int64 (B,).
+    """Iterates over (images, labels) batches: float (B, C, S, S), normalised, and int64 (B,).
 
     Order and augmentation of a batch depend on `seed`, the pass and the batch's number alone, so a
     run repeats exactly, whatever else draws random numbers and however many workers prepare; and it
@@ -53,7 +45,8 @@ class BatchLoader:
     Args:
         split: the images; batches lie on the device where they lie.
         batch_size: images in a batch; the last may have fewer.
-        mean, std: of the training pixels scaled to [0, 1]; subtracted and divided by.
+        mean, std: of the training pixels scaled to [0, 1], of each channel or of all; subtracted
+            and divided by.
         augment: applied to each batch, scaled to [0, 1], before it is normalised.
         shuffle: draw another order for each pass.
         seed: of order and augmentation.
@@ -65,8 +58,8 @@ class BatchLoader:
         self,
         split: Split,
         batch_size: int,
-        mean: float,
-        std: float,
+        mean: Sequence[float] | float,
+        std: Sequence[float] | float,
         *,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         shuffle: bool = False,
@@ -77,6 +70,8 @@ class BatchLoader:
         self.split = split
         self.batch_size = batch_size
         self.mean, self.std = mean, std
+        device = split.images.device
+        self._mean, self._std = per_channel(mean, device), per_channel(std, device)
         self.augment = augment
         self.shuffle = shuffle
         self.seed = seed
@@ -147,7 +142,7 @@ class BatchLoader:
         if self.augment is not None and len(images):
             generator = self._generator(epoch, number, rank, images.device)
             images = self.augment(images, generator)
-        return images.sub_(self.mean).div_(self.std), part.labels
+        return images.sub_(self._mean).div_(self._std), part.labels
 
 
 def make_loaders(
@@ -194,6 +189,17 @@ def get_mnist_loaders(
 ) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
     """MNIST's training, validation and test loaders; see `load_mnist` and `make_loaders`."""
     return make_loaders(load_mnist(data_dir), batch_size, num_workers, **kwargs)
+
+
+def class_weights(labels: Tensor, num_classes: int) -> Tensor:
+    """Weights (num_classes,) with which every class that has images counts the same in the loss,
+    and the mean over all images is 1.
+
+    Args:
+        labels: classes (n,) of the training images.
+    """
+    counts = labels.bincount(minlength=num_classes)
+    return len(labels) / ((counts > 0).sum() * counts.clamp(min=1).float())
 
 
 # --------------------------------------------------------------------------------------- metrics

@@ -11,7 +11,7 @@ SRC = ROOT / "src"
 # Each imports only what stands before it, or its own room.
 ROOMS = "vit_model common recipes data utils optimizers saving analysis deploy training optim"
 ROOMS = [*ROOMS.split(), "train", "inference", "demo"]
-ALONE = {"vit_model": set(), "common": {"common"}, "recipes": {"common"}}
+ALONE = {"vit_model": set(), "common": {"common"}, "recipes": {"common", "data"}}
 LIGHT = "recipes common.cli common.errors common.files common.progress common.signals".split()
 LIGHT += ["common.startup", *(f"{path.parent.name}.flags" for path in SRC.glob("*/flags.py"))]
 

@@ -31,10 +31,11 @@ epochs [1, 1000000] batch_size [1, 2147483648] warmup_epochs [0, 2147483648]
 swa_start [1, 2147483648] swa_anneal_epochs [0, 2147483648] patch_size [1, 2147483648]
 embed_dim [1, 100000] depth [1, 10000] num_heads [1, 2147483648] train_samples [1, 2147483648]
 num_workers [0, 256] seed [0, 2147483648] grad_accum_steps [1, 1000000]
-save_every_steps [1, 2147483648]
+save_every_steps [1, 2147483648] img_size [4, 1024] random_crop [0, 64] rand_augment [0, 14]
 label_smoothing [0, 1) lr (0, inf) head_lr (0, inf) swa_lr (0, inf) weight_decay [0, inf)
 grad_clip [0, inf) ema_decay [0, 1) mlp_ratio (0, 1000) dropout [0, 1) rotate [0, 181)
 translate [0, 1) scale [0, 1) shear [0, 90) elastic [0, 28) erase [0, 1)
+hflip [0, 1) color_jitter [0, 1) mixup [0, inf) cutmix [0, inf) val_split (0, 1) test_split (0, 1)
 """
 NOTHING = object()
 
@@ -93,8 +94,10 @@ def test_a_stored_value_is_checked_like_its_flag(name):
 def test_a_setting_from_before_there_was_one_is_off_and_an_option_must_be_there(name):
     if name in SETTINGS:
         _, settings = from_stored(stored(**{name: NOTHING}))
-        is_strength = FLAGS[name].metadata["section"] == "augmentation"
+        is_strength = FLAGS[name].metadata["section"] in ("augmentation", "mixing")
         assert settings == SETTINGS | {name: 0.0 if is_strength else SETTINGS[name]}
+    elif FLAGS[name].metadata["section"] == "folder":
+        assert from_stored(stored(**{name: NOTHING}))[0] == replace(Options(), dataset="mnist")
     else:
         with pytest.raises(KeyError):
             from_stored(stored(**{name: NOTHING}))

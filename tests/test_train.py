@@ -63,7 +63,14 @@ def test_a_run_writes_all_that_it_promises(trained):
     model, checkpoint = load_checkpoint(trained / BEST)
     published = {"epoch", "model_state_dict", "optimizer_state_dict", "best_acc"}
     ours = {"model_config", "normalization", "dataset", "class_names", "settings", "versions"}
-    ours |= {"scheduler_state_dict", "fingerprint", "calibration", "format"}
+    ours |= {
+        "scheduler_state_dict",
+        "fingerprint",
+        "calibration",
+        "format",
+        "source",
+        "preparation",
+    }
     assert set(checkpoint) == published | ours
     assert checkpoint["dataset"] == "digits"
     assert checkpoint["model_config"]["depth"] == len(model.blocks) == 2

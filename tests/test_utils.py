@@ -43,8 +43,8 @@ def test_digits_are_divided_without_overlap_or_loss_in_mnists_form(digits):
     assert images.shape[1:] == (1, 28, 28) and images.dtype == torch.uint8
     assert not images[:, :, :4].any() and not images[:, :, :, -4:].any()
     pixels = images.float() / 255
-    assert digits.mean == pytest.approx(pixels.mean().item(), abs=1e-3)
-    assert digits.std == pytest.approx(pixels.std().item(), abs=1e-3)
+    assert digits.mean[0] == pytest.approx(pixels.mean().item(), abs=1e-3)
+    assert digits.std[0] == pytest.approx(pixels.std().item(), abs=1e-3)
 
 
 @needs_mnist
@@ -59,8 +59,8 @@ def test_mnist_is_divided_as_published():
     images, labels = next(iter(loaders[0]))
     assert images.shape == (64, 1, 28, 28) and labels.shape == (64,)
     pixels = torch.cat((data.train.images, data.val.images)).float() / 255
-    assert pixels.mean().item() == pytest.approx(data.mean, abs=1e-4)
-    assert pixels.std().item() == pytest.approx(data.std, abs=1e-4)
+    assert pixels.mean().item() == pytest.approx(data.mean[0], abs=1e-4)
+    assert pixels.std().item() == pytest.approx(data.std[0], abs=1e-4)
 
 
 @needs_mnist
@@ -126,11 +126,11 @@ def test_training_images_change_from_pass_to_pass_and_the_others_never(digits):
     first, second = batches(train), batches(train)
     assert first.shape == second.shape == (1437, 1, 28, 28)
     # Neither pass has an image as it lies in the data set, nor one of the other pass.
-    raw = (digits.train.images.float() / 255 - digits.mean) / digits.std
+    raw = (digits.train.images.float() / 255 - digits.mean[0]) / digits.std[0]
     for other in (second, raw):
         assert torch.cdist(first[:200].flatten(1), other.flatten(1)).min() > 1e-3
     for loader, split in ((val, digits.val), (test, digits.test)):
-        expected = (split.images.float() / 255 - digits.mean) / digits.std
+        expected = (split.images.float() / 255 - digits.mean[0]) / digits.std[0]
         for _ in range(2):
             torch.testing.assert_close(batches(loader), expected)
 

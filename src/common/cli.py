@@ -94,7 +94,9 @@ def number(minimum: float, maximum: float = math.inf, *, above: bool = False) ->
 
 def add_data_dir(group: argparse._ArgumentGroup) -> None:
     """The flag `--data_dir`."""
-    group.add_argument("--data_dir", default="./mnist", help="folder with MNIST, or to fetch it to")
+    group.add_argument(
+        "--data_dir", help="folder with the data set; None: ./mnist for mnist, else ./datasets"
+    )
 
 
 DEVICE_HELP = "auto (CUDA, else CPU), cpu, cuda or cuda:N"

@@ -36,6 +36,10 @@ class Augment:
     shear: float = 0.0
     elastic: float = 0.0
     erase: float = 0.0
+    hflip: float = 0.0
+    random_crop: int = 0
+    color_jitter: float = 0.0
+    rand_augment: int = 0
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shape: float (B, C, S, S) -> the same, with the background at 0."""

@@ -1,19 +1,20 @@
 """A data set in memory: its images with their classes, in three parts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 
-DIGITS = tuple("0123456789")
 SPLIT_SEED = 42  # the split is part of the task, not of the run: `--seed` leaves it alone
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images with their classes: uint8 (n, 1, 28, 28) and int64 (n,)."""
+    """Images with their classes: uint8 (n, C, S, S) and int64 (n,)."""
 
     images: Tensor
     labels: Tensor
@@ -28,17 +29,59 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
 
+class Batch(NamedTuple):
+    """What one process gets of a batch.
+
+    Attributes:
+        images: normalised, (B, C, S, S).
+        targets: what the loss compares with: the labels, or the shares of the classes in a mixed
+            image, (B, num_classes).
+        labels: classes (B,); of a mixed image the one with the larger share.
+        global_size: images of the whole batch, in all processes together.
+    """
+
+    images: Tensor
+    targets: Tensor
+    labels: Tensor
+    global_size: int
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory; `mean` and `std` are of its training pixels scaled to [0, 1]."""
+    """A data set in memory.
+
+    Attributes:
+        name: what it is called where results are shown.
+        mean, std: of the training pixels scaled to [0, 1], for each channel.
+        source: the name by which `load_dataset` finds it.
+        preparation: how a picture becomes one of its images: "digit", or for a folder of images
+            "crop", "pad" or "stretch".
+        trained_on: of a folder's images, int64: what tells each file of the training images, then
+            of the validation images, from all others.
+    """
 
     name: str
     class_names: tuple[str, ...]
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     train: Split
     val: Split
     test: Split
+    source: str
+    preparation: str
+    trained_on: Tensor | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return tuple(self.train.images.shape[1:])
+
+
+def per_channel(
+    values: Sequence[float] | float, device: str | torch.device | None = None
+) -> Tensor:
+    """A value for each channel, to be combined with images (B, C, S, S): (C, 1, 1)."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 class DataMissingError(UserError):

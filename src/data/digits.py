@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from data.dataset import DIGITS, Dataset, Split, divide
+from data.catalog import DIGITS
+from data.dataset import Dataset, Split, divide
 
 
 def load_digits() -> Dataset:
@@ -20,4 +21,5 @@ def load_digits() -> Dataset:
     pixels = nn.functional.pad(pixels, (4, 4, 4, 4)).round().clamp(0, 255).byte()
     whole = Split(pixels, torch.from_numpy(labels).long())
     train, val, test = divide(whole, 1437, 180, 180)
-    return Dataset("digits", DIGITS, 0.1593, 0.2986, train, val, test)
+    parts = train, val, test
+    return Dataset("digits", DIGITS, (0.1593,), (0.2986,), *parts, "digits", "digit")

@@ -1,49 +1,68 @@
 """A data set by its name."""
 
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from common.distributed import World
 from common.errors import UserError
+from data.catalog import NAMED_SETS
 from data.dataset import DataMissingError, Dataset
 from data.digits import load_digits
+from data.folder import load_folder
 from data.mnist import load_mnist
 
+READERS: dict[str, Callable[[str | Path | None], Dataset]] = {
+    "mnist": load_mnist,
+    "digits": lambda _: load_digits(),
+}
 
-def load_dataset(name: str, data_dir: str | Path = "./mnist") -> Dataset:
-    """Load a data set by name: "mnist" or "digits".
+
+def load_dataset(
+    name: str, data_dir: str | Path | None = None, folder: Mapping[str, Any] | None = None
+) -> Dataset:
+    """Load a data set by its name for --dataset.
+
+    Args:
+        data_dir: where its files are, or are put; None: where the table of named sets says.
+        folder: of the data set "folder", arguments of `load_folder`.
 
     Raises:
-        DataMissingError: MNIST is not in `data_dir` and can't be downloaded.
-        UserError: a file of it is damaged.
+        DataMissingError: a file is not in `data_dir` and can't be downloaded.
+        UserError: a file of it is damaged, or there is no such data set.
     """
-    if name == "mnist":
-        return load_mnist(data_dir)
-    if name == "digits":
-        return load_digits()
-    raise UserError(f"data set {name!r} is not known: expected mnist or digits")
+    if name == "folder":
+        return load_folder(data_dir, **(folder or {}))
+    if name not in NAMED_SETS:
+        known = ", ".join([*NAMED_SETS, "folder"])
+        raise UserError(f"data set {name!r} is not known: expected {known}")
+    return READERS[name](data_dir or NAMED_SETS[name].data_dir)
 
 
-def load_on_all_processes(name: str, data_dir: str | Path, world: World) -> Dataset:
+def load_on_all_processes(
+    name: str, data_dir: str | Path | None, folder: Mapping[str, Any], world: World
+) -> Dataset:
     """A data set by name, the same in all processes; one on each machine downloads it.
 
     Args:
         name: "auto" is MNIST or, with a warning where it is not to be had, the digits.
+        data_dir, folder: as `load_dataset`.
 
     Raises:
         DataMissingError, UserError: as `load_dataset`.
     """
-    dataset = _mnist_or_digits(name, data_dir) if world.leads else None
-    name = world.share(dataset and dataset.name)
+    dataset = _mnist_or_digits(name, data_dir, folder) if world.leads else None
+    name = world.share(dataset and dataset.source)
     if world.rank and world.local_rank == 0:
-        dataset = load_dataset(name, data_dir)
+        dataset = load_dataset(name, data_dir, folder)
     world.gather(None)  # by now it is on every machine
-    return dataset or load_dataset(name, data_dir)
+    return dataset or load_dataset(name, data_dir, folder)
 
 
-def _mnist_or_digits(name: str, data_dir: str | Path) -> Dataset:
+def _mnist_or_digits(name: str, data_dir: str | Path, folder: Mapping[str, Any]) -> Dataset:
     if name != "auto":
-        return load_dataset(name, data_dir)
+        return load_dataset(name, data_dir, folder)
     try:
         return load_dataset("mnist", data_dir)
     except DataMissingError as error:

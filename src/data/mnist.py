@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from data.dataset import DIGITS, DataMissingError, Dataset, Split, divide
+from data.catalog import DIGITS
+from data.dataset import DataMissingError, Dataset, Split, divide
 
 
 class MnistFile(NamedTuple):
@@ -54,7 +55,7 @@ def load_mnist(data_dir: str | Path = "./mnist") -> Dataset:
     train_images, train_labels, test_images, test_labels = (_read_idx(raw, n) for n in MNIST_FILES)
     train, val = divide(_to_split(train_images, train_labels), 54_000, 6_000)
     test = _to_split(test_images, test_labels)
-    return Dataset("mnist", DIGITS, 0.1307, 0.3081, train, val, test)
+    return Dataset("mnist", DIGITS, (0.1307,), (0.3081,), train, val, test, "mnist", "digit")
 
 
 def _variants(raw: Path, name: str) -> tuple[Path, Path]:

@@ -24,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from analysis.explain import attention_weights, patch_map, rollout
 from common.errors import UserError
+from data.dataset import per_channel
 from deploy.digit_image import Digit, Reading, read_digits
 from deploy.predict import describe_digit, predict
 from vit_model import ViT, count_parameters
@@ -118,8 +119,9 @@ def answer(model: ViT, checkpoint: dict[str, Any], reading: Reading) -> dict[str
     """
     images = np.stack([digit.pixels for digit in reading.digits])
     predictions = predict(model, images, checkpoint)
-    mean, std = checkpoint["normalization"]["mean"], checkpoint["normalization"]["std"]
-    pixels = torch.from_numpy(images).to(next(model.parameters()).device).unsqueeze(1) / 255
+    device = next(model.parameters()).device
+    mean, std = (per_channel(v, device) for v in checkpoint["normalization"].values())
+    pixels = torch.from_numpy(images).to(device).unsqueeze(1) / 255
     attention = patch_map(rollout(attention_weights(model, (pixels - mean) / std)), model)
     digits = [
         {

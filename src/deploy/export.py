@@ -5,7 +5,7 @@ import json
 import statistics
 import tempfile
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import UserError
-from data.dataset import Split
+from data.dataset import Split, per_channel
 from vit_model import ViT
 
 # Largest difference of an output from PyTorch's. int8 has no such limit: its classes are compared.
@@ -41,10 +41,18 @@ class RawInput(nn.Module):
     Shape: uint8 (B, C, S, S) -> (B, num_classes).
     """
 
-    def __init__(self, network: nn.Module, mean: float, std: float, temperature: float) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        temperature: float,
+    ) -> None:
         super().__init__()
         self.network = network
-        self.mean, self.std, self.temperature = mean, std, temperature
+        self.register_buffer("mean", per_channel(mean), persistent=False)
+        self.register_buffer("std", per_channel(std), persistent=False)
+        self.temperature = temperature
 
     def normalize(self, pixels: Tensor) -> Tensor:
         return (pixels.float() / 255 - self.mean) / self.std
@@ -66,8 +74,10 @@ def describe(checkpoint: dict[str, Any], precision: str, raw_input: bool) -> dic
     return {
         "dataset": checkpoint["dataset"],
         "class_names": json.dumps(checkpoint["class_names"]),
-        "mean": str(checkpoint["normalization"]["mean"]),
-        "std": str(checkpoint["normalization"]["std"]),
+        **{
+            name: ", ".join(map(str, values))  # for each channel
+            for name, values in checkpoint["normalization"].items()
+        },
         "temperature": str(checkpoint["calibration"]["temperature"]),
         "input": f"{'uint8' if raw_input else 'float32'} {shape}: {images}",
         "output": f"{outputs}, {classes}",

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from analysis import confidence
 from common.errors import UserError
+from data.dataset import per_channel
 from deploy.digit_image import FORMATS, Digit, Reading, read_digits
 from vit_model import ViT
 
@@ -37,7 +38,7 @@ def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predi
         checkpoint: what `load_checkpoint` gave with the model: its normalization and calibration.
     """
     device, calibration = next(model.parameters()).device, checkpoint["calibration"]
-    mean, std = checkpoint["normalization"].values()
+    mean, std = (per_channel(v, device) for v in checkpoint["normalization"].values())
     parts = []
     for batch in torch.from_numpy(images).split(BATCH_SIZE):
         pixels = batch.to(device).unsqueeze(1).float() / 255

@@ -9,6 +9,9 @@ all bytes before it. The keys, by the value of `format`:
             recipe), `versions`, and, once training has ended, `calibration` (confidence.py). Some
             have more, for --resume; run_state.py describes it. This is format 1.
     2       the same keys, and `format`.
+    3       also `source` (the data set's name for --dataset), `preparation` (how a picture becomes
+            an image of it) and, of a folder of images, `trained_on` (which files they were). Mean
+            and std are lists with a number for each channel, or with one for all.
 """
 
 import hashlib
@@ -25,15 +28,16 @@ from torch import Tensor
 
 from common.errors import UserError, is_out_of_memory
 from common.files import atomic_write
-from data.dataset import DIGITS
+from data.catalog import DIGITS, PREPARATIONS
 from saving.archive import RefusedError, read_archive
 from vit_model import ViT
 
-FORMAT = 2  # of what is written now; every earlier one is read, too
+FORMAT = 3  # of what is written now; every earlier one is read, too
 UNCALIBRATED = {"temperature": 1.0}  # answers stay as they are, and no image is strange
 # What a published checkpoint, which has four keys only, was trained with.
 PUBLISHED = {
-    "normalization": {"mean": 0.1307, "std": 0.3081},
+    "normalization": {"mean": [0.1307], "std": [0.3081]},
+    "preparation": "digit",
     "dataset": "mnist",
     "class_names": list(DIGITS),
     "settings": {"label_smoothing": 0.1},
@@ -223,6 +227,8 @@ def _check_tensors(state: dict[str, Tensor], config: dict[str, Any], file_size: 
 def _validated_description(checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says beside its tensors, as far as it is used."""
     class_names = [_printable(name) for name in list(checkpoint["class_names"])]
+    if checkpoint["preparation"] not in PREPARATIONS:
+        raise ValueError(f"its preparation is none of {', '.join(PREPARATIONS)}")
     if len(class_names) != config["num_classes"]:
         raise ValueError(f"it names {len(class_names)} of {config['num_classes']} classes")
     pixels, settings = checkpoint["normalization"], checkpoint["settings"]
@@ -231,10 +237,12 @@ def _validated_description(checkpoint: dict[str, Any], config: dict[str, Any]) -
         "epoch": int(_number("epoch", checkpoint["epoch"], 0, 1e9)),
         "best_acc": _number("best_acc", checkpoint["best_acc"], -1, 100),  # -1: no epoch has ended
         "dataset": _printable(checkpoint["dataset"]),
+        "source": _printable(checkpoint.get("source", checkpoint["dataset"])),
+        "preparation": checkpoint["preparation"],
         "class_names": class_names,
         "normalization": {
-            "mean": _number("mean", pixels["mean"], -10, 10),
-            "std": _number("std", pixels["std"], 1e-3, 10),
+            "mean": _numbers("mean", pixels["mean"], config["in_chans"], -10, 10),
+            "std": _numbers("std", pixels["std"], config["in_chans"], 1e-3, 10),
         },
         "settings": {**settings, "label_smoothing": label_smoothing},
         "calibration": _validated_calibration(checkpoint["calibration"], config),
@@ -267,6 +275,14 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
     if not low <= number <= high:
         raise ValueError(f"its {name} is not between {low:g} and {high:g}")
     return number
+
+
+def _numbers(name: str, values: Any, count: int, low: float, high: float) -> list[float]:
+    """A number for each of `count` channels, or one for all, as formats before 3 have it."""
+    values = list(values) if isinstance(values, list | tuple) else [values]
+    if len(values) not in (1, count):
+        raise ValueError(f"its {name} has {len(values)} numbers for {count} channels")
+    return [_number(name, value, low, high) for value in values]
 
 
 def _printable(name: str | int) -> str:

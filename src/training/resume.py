@@ -64,7 +64,8 @@ def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: b
     Raises:
         UserError: it can't be written. What was there is still there.
     """
-    paths = {name: str(Path(getattr(options, name)).absolute()) for name in PATHS}
+    paths = {name: getattr(options, name) for name in PATHS}  # None: the digits need no data_dir
+    paths = {name: path and str(Path(path).absolute()) for name, path in paths.items()}
     about = {"folder": str(folder.resolve()), "fingerprint": state["run"]["fingerprint"]}
     paths = json.dumps({**about, **paths}, indent=2) + "\n"
     if _read_text(folder / PATHS_FILE) != paths:
@@ -133,11 +134,8 @@ def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict
         told = json.loads(_read_text(source.with_name(PATHS_FILE)))
         about = told["folder"], told["fingerprint"]
         if about == (str(source.parent.resolve()), run["fingerprint"]):
-            kinds = {name: type(FLAGS[name].default) for name in wanted}  # str, or a Path
-            return {
-                name: str(told[name]) if kind is str else Path(told[name])
-                for name, kind in kinds.items()
-            }
+            found = {name: told[name] for name in wanted}
+            return {name: p and FLAGS[name].metadata["type"](p) for name, p in found.items()}
         reason = "was written for another folder or run"
     except (ValueError, LookupError, TypeError, RecursionError):
         reason = "is not there or damaged"

@@ -201,7 +201,7 @@ class Run:
         for images, labels in self._bar:
             # Of this step: when it ends, the schedule has moved.
             self._lrs = [group["lr"] for group in self.optimizer.param_groups]
-            yield Batch(images, labels, loader.size_of(self.sums.steps))
+            yield Batch(images, labels, labels, loader.size_of(self.sums.steps))
         self._row = self.sums.row(self.optimizer, self.world)
         self._train_seconds = self._seconds() - self._compile_seconds
 

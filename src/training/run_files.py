@@ -71,7 +71,7 @@ class RunFiles:
     def __post_init__(self) -> None:
         options, saved, optimizer = self.options, self.saved, self.optimizer
         self.paths = RunPaths(options, self.device)
-        self.run = to_stored(options, self.settings, self.dataset.name)
+        self.run = to_stored(options, self.settings, self.dataset.source)
         self.run["fingerprint"] = saved.fingerprint if saved else fingerprint(self.run)
         self.best: dict[str, Any] = {"epoch": 0, "acc": -1.0}
         is_here = saved and saved.path.resolve().parent == options.save_dir.resolve()
@@ -90,6 +90,7 @@ class RunFiles:
         }
         self.about = {  # what all files tell of the run
             "dataset": self.dataset.name,
+            "source": self.dataset.source,
             "fingerprint": self.run["fingerprint"],
             "settings": settings,
             "versions": versions(),
@@ -120,7 +121,7 @@ class RunFiles:
 
     def inference_state(self, epochs_done: int) -> dict[str, Any]:
         """What every checkpoint holds: a model, and what it takes to use it and train it on."""
-        model, average = self.model, self.average
+        model, average, trained_on = self.model, self.average, self.dataset.trained_on
         return {
             "format": FORMAT,
             "epoch": epochs_done,
@@ -131,8 +132,10 @@ class RunFiles:
             "scheduler_state_dict": self.schedule.state_dict(),
             "best_acc": self.best["acc"],
             "model_config": self.model_config,
-            "normalization": {"mean": self.dataset.mean, "std": self.dataset.std},
+            "normalization": {"mean": list(self.dataset.mean), "std": list(self.dataset.std)},
+            "preparation": self.dataset.preparation,
             "class_names": list(self.dataset.class_names),
+            **({} if trained_on is None else {"trained_on": trained_on}),
             **self.about,
         }
 

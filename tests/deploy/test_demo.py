@@ -64,7 +64,7 @@ def test_a_drawing_is_read_as_by_python(server, checkpoint):
     reading = read_digits(io.BytesIO(NUMBER))
     images = np.stack([digit.pixels for digit in reading.digits])
     expected = predict(model, images, about)
-    mean, std = about["normalization"]["mean"], about["normalization"]["std"]
+    (mean,), (std,) = about["normalization"]["mean"], about["normalization"]["std"]
     pixels = (torch.from_numpy(images / np.float32(255)).unsqueeze(1) - mean) / std
     looked = patch_map(rollout(attention_weights(model, pixels)), model)
     answer = server.request("POST", "/predict", NUMBER).data

@@ -207,7 +207,7 @@ def test_any_checkpoint_is_exported_without_its_data_set(run, tmp_path, offline,
 
 def test_int8_without_training_images_ends_in_one_line(run, tmp_path, checkpoint):
     content = torch.load(checkpoint, weights_only=True)
-    torch.save({**content, "dataset": "letters"}, tmp_path / "letters.pt")
+    torch.save({**content, "source": "letters"}, tmp_path / "letters.pt")
     flags = "--mode onnx --quantize int8 --checkpoint letters.pt --output file.onnx".split()
     result = run(inference.main, *flags)
     assert_one_error_line(result, "--quantize int8", "training images", "letters")
