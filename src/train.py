@@ -35,7 +35,7 @@ from data.load import load_on_all_processes
 from optim import build_optimizer, check_calls, clip_gradients, needs_closure
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule, build_scheduler
-from training.resume import SavedRun, seed_generators
+from training.resume import SavedRun
 from training.run import Run, open_run
 from training.speed import keep_freed_memory, prepare
 from utils import Batch, evaluate, make_loaders
@@ -108,7 +108,7 @@ def train(
     train_loader, val_loader, test_loader = loaders
 
     # The same in all processes, so that they draw the same weights; `run.start` seeds them anew.
-    seed_generators(options.seed)
+    torch.manual_seed(options.seed)
     _, in_chans, img_size, _ = dataset.train.images.shape
     model_config = {"img_size": img_size, "in_chans": in_chans}
     model_config |= {"num_classes": len(dataset.class_names), **settings.section("model")}

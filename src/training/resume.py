@@ -7,14 +7,12 @@ and writes stand in a file beside them, which counts only where it was written.
 """
 
 import json
-import random
 import shlex
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -241,32 +239,14 @@ def restore(
 # ------------------------------------------------------------------------------ random generators
 
 
-def seed_generators(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, on all devices."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of Python's, NumPy's, PyTorch's and the GPU's generator in this process."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
+    """The state of PyTorch's generators in this process: dropout alone draws from them."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put all generators where they were; a GPU's only if there was one."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, keys, *rest = state["numpy"]
-    if not 0 <= rest[0] <= len(keys) == 624:  # NumPy reads where it is told
-        raise ValueError("its NumPy generator is at no place in its numbers")
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    """Put the generators where they were; a GPU's only if there was one."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -127,7 +127,7 @@ class Run:
         self.files = RunFiles(*about, self.saved, *trained)
         self._print_start(schedule)
         if self.world.rank:  # the weights are drawn alike in all processes, dropout is not to be
-            resume.seed_generators(self.options.seed + self.world.rank)
+            torch.manual_seed(self.options.seed + self.world.rank)
         if self.saved:
             parts = model, average, optimizer, schedule, self.sums
             resume.restore(self.saved, *parts, self.device, self.world)
