@@ -51,15 +51,8 @@ class StopSignals:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C to the end of the block, so that files which belong together agree."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread receives signals
-        return
-    interrupts = []
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-    try:
+    """Delay signals to the end of the block, so that files which belong together agree."""
+    with StopSignals(repeats_within=math.inf) as signals:
         yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if interrupts:
-        signal.raise_signal(signal.SIGINT)  # now for the handler of before
+    if signals.received:
+        signal.raise_signal(signals.received)  # the handler from before the block is back
