@@ -11,6 +11,7 @@ from typing import Any
 
 from analysis.figures import label, one_line
 from common.errors import UserError
+from common.files import read_bytes
 
 MAX_BYTES = 20_000_000  # of a history; an epoch takes about 500
 EPOCH_NUMBERS = ("epoch", "train_loss", "train_acc", "grad_norm")
@@ -115,13 +116,7 @@ def read_timing(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(path)
-    try:
-        if not path.is_file():  # reading a device may never end
-            raise OSError(None, "it is a folder or a device")
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    content = read_bytes(path, MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UserError(f"{path} is too large: over {MAX_BYTES // 1_000_000} MB")
     return content.decode()

@@ -56,6 +56,17 @@ def write_json(path: str | Path, data: Any, keep: str | Path | None = None) -> N
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n", keep)
 
 
+def read_bytes(path: Path, limit: int = -1) -> bytes:
+    """At most `limit` bytes of a file. Raises UserError if it can't be read, or may never end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(None, "it is a folder or a device")
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def check_writable(path: str | Path) -> None:
     """Raise UserError at once if `path` can't be written, rather than after an hour of training."""
     path = Path(path).resolve()

@@ -24,7 +24,7 @@ import torchvision
 from torch import Tensor
 
 from common.errors import UserError, is_out_of_memory
-from common.files import atomic_write
+from common.files import atomic_write, read_bytes
 from data.dataset import DIGITS
 from saving.archive import RefusedError, read_archive
 from vit_model import ViT
@@ -144,16 +144,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _read_whole(path: Path) -> bytes:
     """The bytes of a file that is not empty, and whose checksum is right if it has one."""
     try:
-        may_not_end = path.exists() and not path.is_file() and not path.is_dir()
-        content = b"" if may_not_end else path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
+        content = read_bytes(path)
+    except UserError as error:
         hint = "train first, or name one with --checkpoint"
-        raise UserError(f"checkpoint {path} cannot be read: {reason}; {hint}") from None
+        raise UserError(f"checkpoint {error}; {hint}") from None
     except MemoryError as error:
         raise _refusal(path, error) from None
     if not content:
-        raise _refusal(path, ValueError("it is empty, or a device or a pipe"))
+        raise _refusal(path, ValueError("it is empty"))
     prefix, digest = content[-64 - len(CHECKSUM) : -64], content[-64:]
     covered = memoryview(content)[: -2 - len(prefix) - len(digest)]
     if prefix == CHECKSUM and hashlib.sha256(covered).hexdigest().encode() != digest:
