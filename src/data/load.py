@@ -11,43 +11,33 @@ from data.mnist import load_mnist
 
 
 def load_dataset(name: str, data_dir: str | Path = "./mnist") -> Dataset:
-    """Load a data set by name: "mnist" or "digits".
+    """Load a data set by name: "mnist", "digits", or "auto": MNIST or, with a warning where it is
+    not to be had, the digits.
 
     Raises:
         DataMissingError: MNIST is not in `data_dir` and can't be downloaded.
         UserError: a file of it is damaged.
     """
-    if name == "mnist":
-        return load_mnist(data_dir)
     if name == "digits":
         return load_digits()
-    raise UserError(f"data set {name!r} is not known: expected mnist or digits")
+    if name not in ("mnist", "auto"):
+        raise UserError(f"data set {name!r} is not known: expected mnist or digits")
+    try:
+        return load_mnist(data_dir)
+    except DataMissingError as error:
+        if name == "mnist":
+            raise
+        rule = "!" * 80
+        warning = "WARNING: training on scikit-learn's 8x8 digits, NOT on MNIST"
+        print(f"{rule}\n{warning}\n{error}\n{rule}", file=sys.stderr)
+        return load_digits()
 
 
 def load_on_all_processes(name: str, data_dir: str | Path, world: World) -> Dataset:
-    """A data set by name, the same in all processes; one on each machine downloads it.
-
-    Args:
-        name: "auto" is MNIST or, with a warning where it is not to be had, the digits.
-
-    Raises:
-        DataMissingError, UserError: as `load_dataset`.
-    """
-    dataset = _mnist_or_digits(name, data_dir) if world.leads else None
+    """`load_dataset`, the same in all processes; one on each machine downloads it."""
+    dataset = load_dataset(name, data_dir) if world.leads else None
     name = world.share(dataset and dataset.name)
     if world.rank and world.local_rank == 0:
         dataset = load_dataset(name, data_dir)
     world.gather(None)  # by now it is on every machine
     return dataset or load_dataset(name, data_dir)
-
-
-def _mnist_or_digits(name: str, data_dir: str | Path) -> Dataset:
-    if name != "auto":
-        return load_dataset(name, data_dir)
-    try:
-        return load_dataset("mnist", data_dir)
-    except DataMissingError as error:
-        rule = "!" * 80
-        warning = "WARNING: training on scikit-learn's 8x8 digits, NOT on MNIST"
-        print(f"{rule}\n{warning}\n{error}\n{rule}", file=sys.stderr)
-        return load_dataset("digits")
