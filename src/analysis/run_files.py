@@ -54,7 +54,7 @@ def read_run_files(
     if cpu != gpu or timings[0].get("fingerprint") != checkpoint.get("fingerprint"):
         notes.append("times on CPU and GPU are left out: not both are of this run's settings")
         return history, [], notes
-    return history, [_with_top5(timing, history) for timing in timings], notes
+    return history, timings, notes
 
 
 def read_history(path: Path) -> dict[str, Any]:
@@ -139,12 +139,3 @@ def _same_run(history: dict[str, Any], checkpoint: dict[str, Any]) -> bool:
     found = any(abs(row["val_acc"] - checkpoint["best_acc"]) < 0.01 for row in history["epochs"])
     same = history["fingerprint"] == checkpoint.get("fingerprint")
     return found and same and history["dataset"] == checkpoint["dataset"]
-
-
-def _with_top5(timing: dict[str, Any], history: dict[str, Any] | None) -> dict[str, Any]:
-    """The timing; an older one, without a top-5 accuracy, with that of its own run's history."""
-    test = history and history["test"]
-    own = test and history["device"] == timing.get("device")
-    if own and abs(test["top1"] - timing["test_acc"]) < 0.01:
-        return {"test_top5": test["top5"], **timing}
-    return timing
