@@ -75,8 +75,10 @@ def read_history(path: Path) -> dict[str, Any]:
             }
             for row in data["epochs"]
         ]
-        if not rows or any(row["lr"].keys() != rows[0]["lr"].keys() for row in rows):
-            raise ValueError("no epochs, or not the same learning rates in all of them")
+        if not any(row["is_best"] for row in rows):
+            raise ValueError("no epoch is the best one")
+        if any(row["lr"].keys() != rows[0]["lr"].keys() for row in rows):
+            raise ValueError("not the same learning rates in all epochs")
         test = data["test"]
         if test is not None:
             test = {name: _number(test[name]) for name in ("loss", "top1", "top5")}
