@@ -252,7 +252,7 @@ def parse_args(flags: Sequence[str] | None = None) -> tuple[Options, dict[str, A
     )
     add_flags(parser, FLAGS.values())
     parser.parse_args(flags)
-    given = parser.given()
+    given = parser.given
     return Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given}), given
 
 

@@ -115,7 +115,7 @@ def parse_args() -> argparse.Namespace:
     )
     args = parser.parse_args()
     _check_combination(args, parser)
-    args.output = Path(parser.given().get("output", MODES[args.mode].output))
+    args.output = Path(parser.given.get("output", MODES[args.mode].output))
     if args.mode == "report" and args.output.suffix.lower() != ".html":
         raise UserError(f"--output {args.output}: a report's name ends in .html")
     return args
@@ -124,7 +124,7 @@ def parse_args() -> argparse.Namespace:
 def _check_combination(args: argparse.Namespace, parser: cli.Parser) -> None:
     """Raise UserError where a flag does not go with the mode or with another flag."""
     for flag, (modes, effect) in FLAGS_OF_MODES.items():
-        if args.mode not in modes and flag in parser.given():
+        if args.mode not in modes and flag in parser.given:
             raise UserError(
                 f"--mode {args.mode} given, but --{flag} {effect}, which is for --mode "
                 f"{' or '.join(modes)}: leave it out"

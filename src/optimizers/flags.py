@@ -28,7 +28,7 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--steps_per_epoch", type=cli.integer(1), default=422, help="batches")
     add_flags(parser, [f for f in fields(Settings) if f.metadata["section"] == "optimization"])
     parser.set_defaults(scheduler=None)
-    args, given = parser.parse_args(), parser.given()
+    args, given = parser.parse_args(), parser.given
     if not (args.list or args.plot):
         raise UserError("nothing to do: give --list or --plot")
     if args.plot and args.epochs * args.steps_per_epoch > MAX_PLOTTED:
