@@ -8,7 +8,7 @@ flags are read before it is imported.
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ class Options:
         choices=tuple(RECIPES),
     )
     seed: int = recipe_flag(42, "of weights, order, augmentation, dropout", integer(0))
-    device: str = machine_flag("auto", cli.DEVICE_HELP, stored=False)
+    device: str = machine_flag("auto", "auto (CUDA, else CPU), cpu, cuda or cuda:N", stored=False)
     precision: str = machine_flag(
         "auto",
         "of training's matrix products; auto: bf16 where the hardware has it",
@@ -250,17 +250,17 @@ def parse_args(flags: Sequence[str] | None = None) -> tuple[Options, dict[str, A
         description="Train the Vision Transformer: arguments, data, model, optimizer, loop, "
         "checkpoint, report."
     )
-    add_flags(parser, FLAGS.values())
+    add_flags(parser, FLAGS)
     parser.parse_args(flags)
     given = parser.given
     return Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given}), given
 
 
-def add_flags(parser: argparse.ArgumentParser, flags: Sequence[Field]) -> None:
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Add fields of `Settings` and `Options` to a command line, grouped by section."""
-    for name, title in SECTIONS.items():
+    for section, title in SECTIONS.items():
         group = parser.add_argument_group(title)
-        for flag in (f for f in flags if f.metadata["section"] == name):
+        for flag in (FLAGS[n] for n in names if FLAGS[n].metadata["section"] == section):
             wanted = ("help", "type", "choices", "nargs", "const", "metavar")
             about = {key: flag.metadata[key] for key in wanted if key in flag.metadata}
             if flag.default is False:

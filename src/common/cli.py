@@ -82,19 +82,6 @@ def number(minimum: float, maximum: float = math.inf, *, above: bool = False) ->
     return parse
 
 
-def add_data_dir(group: argparse._ArgumentGroup) -> None:
-    """The flag `--data_dir`."""
-    group.add_argument("--data_dir", default="./mnist", help="folder with MNIST, or to fetch it to")
-
-
-DEVICE_HELP = "auto (CUDA, else CPU), cpu, cuda or cuda:N"
-
-
-def add_device(group: argparse._ArgumentGroup) -> None:
-    """The flag `--device`; `common.device.choose_device` reads it."""
-    group.add_argument("--device", default="auto", help=DEVICE_HELP)
-
-
 def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> None:
     """Print a result on a test set, in the lines of training's end."""
     print(f"Test Loss: {loss:.4f}\nTest Acc: {top1:.2f} %\nTest Top-5: {top5:.2f} %  ({dataset})")

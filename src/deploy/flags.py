@@ -7,6 +7,7 @@ from typing import NamedTuple
 from common import cli
 from common.errors import UserError
 from deploy.answers import FORMATS
+from recipes import add_flags
 
 
 class Mode(NamedTuple):
@@ -98,8 +99,7 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="for attention and report: these test images, counted from 0, not random ones",
     )
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
+    add_flags(parser, ("data_dir", "device"))
     group = parser.add_argument_group("for onnx; --raw_input for torch_export, too")
     group.add_argument(
         "--quantize",
@@ -152,5 +152,5 @@ def parse_demo_args() -> argparse.Namespace:
     parser.add_argument(
         "--port", type=cli.integer(0, 65535), default=7860, help="port to serve on; 0: any free one"
     )
-    cli.add_device(parser)
+    add_flags(parser, ("device",))
     return parser.parse_args()

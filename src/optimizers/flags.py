@@ -1,7 +1,6 @@
 """The command line of optim.py. Nothing here needs PyTorch, so that flags are read before it."""
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--output", type=Path, default=Path("./outputs/lr_schedules.png"))
     parser.add_argument("--epochs", type=cli.integer(1), default=20, help="length of the run")
     parser.add_argument("--steps_per_epoch", type=cli.integer(1), default=422, help="batches")
-    add_flags(parser, [f for f in fields(Settings) if f.metadata["section"] == "optimization"])
+    add_flags(parser, Settings().section("optimization"))
     parser.set_defaults(scheduler=None)
     args, given = parser.parse_args(), parser.given
     if not (args.list or args.plot):
