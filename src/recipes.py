@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +30,25 @@ SECTIONS = {  # of --help, in its order
 }
 
 
-def section(name: str, **shared: Any) -> Callable[..., Any]:
-    """A function that makes the fields of one section.
+def flag(section: str, default: Any, help: str, type: Callable = str, **about: Any) -> Any:
+    """A field with all that is known of its flag.
 
-    Its arguments are a flag's default, help, and type (a parser of text that names its bounds), and
-
-        choices: the values there are.
-        changes: whether a resumed run may go on with another value.
-        stored: whether the value belongs to the run, and not to the machine that it is on.
-        off: the value for a checkpoint from before there was this setting; by default the default.
+    Args:
+        type: a parser of text that names the bounds.
+        about: `choices`, the values there are; `changes`, whether a resumed run may go on with
+            another value; `stored`, whether the value belongs to the run and not to the machine;
+            `off`, the value in a checkpoint from before there was this setting.
     """
-
-    def flag(default: Any, help: str, type: Callable[[str], Any] = str, **about: Any) -> Any:
-        about = {"changes": False, "stored": True, "off": default, **shared, **about}
-        return field(
-            default=default, metadata=about | {"section": name, "help": help, "type": type}
-        )
-
-    return flag
+    about = {"changes": False, "stored": True, "off": default, **about}
+    return field(default=default, metadata=about | {"section": section, "help": help, "type": type})
 
 
-data_flag, recipe_flag = section("data"), section("recipe")
-optimization_flag, model_flag = section("optimization"), section("model")
-augmentation_flag = section("augmentation", off=0.0)
-machine_flag = section("machine", changes=True)
-resuming_flag = section("resuming", changes=True)
-output_flag = section("output", changes=True, stored=False)
+data_flag, recipe_flag = partial(flag, "data"), partial(flag, "recipe")
+optimization_flag, model_flag = partial(flag, "optimization"), partial(flag, "model")
+augmentation_flag = partial(flag, "augmentation", off=0.0)
+machine_flag = partial(flag, "machine", changes=True)
+resuming_flag = partial(flag, "resuming", changes=True)
+output_flag = partial(flag, "output", changes=True, stored=False)
 
 
 @dataclass(frozen=True)
@@ -149,7 +143,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {
         "epochs": 36,
         "batch_size": 256,
-        "label_smoothing": 0.1,
         "optimizer": "Muon(lr=0.02, weight_decay=0.1)",
         "lr": 1.5e-3,
         "scheduler": "OneCycleLR(pct_start=0.1, cycle_momentum=False)",
@@ -246,10 +239,7 @@ def parse_args(flags: Sequence[str] | None = None) -> tuple[Options, dict[str, A
     Raises:
         UserError: a flag is not known, or its value is out of bounds.
     """
-    parser = cli.Parser(
-        description="Train the Vision Transformer: arguments, data, model, optimizer, loop, "
-        "checkpoint, report."
-    )
+    parser = cli.Parser(description="Train the Vision Transformer, from the data to the report.")
     add_flags(parser, FLAGS)
     parser.parse_args(flags)
     given = parser.given
@@ -328,14 +318,13 @@ def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 def _stored_value(flag: Field, value: Any) -> Any:
     """`value` if the command line would take it for this flag, else an error."""
-    if value is flag.default:
+    is_switch = flag.default is False
+    if value is flag.default or (is_switch and value is True):
         return value
-    if type(value) not in (bool, int, float, str) or (type(value) is bool) != (
-        flag.default is False
-    ):
+    if is_switch or type(value) not in (int, float, str):
         raise ValueError(f"its {flag.name} is no value for --{flag.name}")
     try:
-        value = value if type(value) is bool else flag.metadata["type"](str(value))
+        value = flag.metadata["type"](str(value))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"its {flag.name}: {error}") from None
     if value not in flag.metadata.get("choices", [value]):
