@@ -57,11 +57,7 @@ class Reading:
 
 
 def read_digits(
-    source: str | Path | BinaryIO,
-    name: str | None = None,
-    *,
-    single: bool = False,
-    subject: str = "image",
+    source: str | Path | BinaryIO, what: str = "image", *, single: bool = False
 ) -> Reading:
     """Find the digits in a picture and bring each to MNIST's form: light on black.
 
@@ -71,18 +67,13 @@ def read_digits(
 
     Args:
         source: a path, or a file open in binary mode.
-        name: of the picture in messages; None is its path, or the file's own name.
+        what: what messages call the picture.
         single: the picture is known to hold one digit, and all its ink is that digit's.
-        subject: what messages call the picture.
 
     Raises:
         UserError: there is no such file, Pillow can't read it, it is too large, shows nothing or
             more than MAX_DIGITS.
     """
-    if name is None:
-        is_path = isinstance(source, str | Path)
-        name = str(source) if is_path else str(getattr(source, "name", "given"))
-    what = f"{subject} {name}"
     picture, size = _read_picture(source, what)
     ink, pieces, photo = _connect(without_lines(_ink(picture)), what)
     labels = _label_digits(ink, pieces, photo, single)
@@ -97,11 +88,6 @@ def read_digits(
         box = np.rint(scale * (columns.start, rows.start, columns.stop, rows.stop)).astype(int)
         digits.append(Digit(_centre(_fit(_thicken(strokes))), tuple(box.tolist())))
     return Reading(tuple(digits), size)
-
-
-def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.ndarray:
-    """The digit of a picture that is known to hold one, uint8 (28, 28); see `read_digits`."""
-    return read_digits(source, name, single=True).digits[0].pixels
 
 
 # ------------------------------------------------------------------------------------ the picture

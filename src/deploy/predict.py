@@ -97,8 +97,8 @@ def read_images(names: list[str], single: bool = False) -> list[Reading | UserEr
     results = []
     for name in tqdm(names, desc="reading", unit="image", leave=False, disable=None):
         try:
-            source, shown = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
-            results.append(read_digits(source, shown, single=single))
+            source, what = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
+            results.append(read_digits(source, f"image {what}", single=single))
         except UserError as error:
             results.append(error)
     return results
