@@ -32,9 +32,8 @@ from common.errors import UserError
 from data.augment import Augment
 from data.dataset import Dataset
 from data.load import load_on_all_processes
-from optim import build_optimizer, check_calls, clip_gradients, needs_closure
+from optim import build_optimizer_and_schedule, check_calls, clip_gradients, needs_closure
 from optimizers.average import WeightAverage
-from optimizers.schedule import Schedule, build_scheduler
 from training.resume import SavedRun
 from training.run import Run, open_run
 from training.speed import keep_freed_memory, prepare
@@ -144,33 +143,6 @@ def train(
             schedule.step_epoch(validation.loss)
             run.end_epoch(validation)  # writes last.pt, and best_model.pt if it is the best so far
     run.finish(evaluate(run.best_model(), test_loader, criterion, device, world))
-
-
-def build_optimizer_and_schedule(
-    settings: Settings, model: nn.Module, steps_per_epoch: int
-) -> tuple[Optimizer, Schedule]:
-    """What `settings.optimizer` and `settings.scheduler` call for, with their related flags."""
-    optimizer = build_optimizer(
-        settings.optimizer,
-        model,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        head_lr=settings.head_lr,
-        no_decay=settings.no_decay,
-    )
-    schedule = build_scheduler(
-        settings.scheduler,
-        optimizer,
-        epochs=settings.epochs,
-        steps_per_epoch=steps_per_epoch,
-        interval=settings.scheduler_interval,
-        warmup_epochs=settings.warmup_epochs,
-        swa_start=settings.swa_start,
-        swa_lr=settings.swa_lr,
-        swa_anneal_epochs=settings.swa_anneal_epochs,
-        swa_anneal_strategy=settings.swa_anneal_strategy,
-    )
-    return optimizer, schedule
 
 
 def forward_backward(
