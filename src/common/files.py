@@ -37,7 +37,10 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with suppress(OSError):  # the new name is on the disk, where a folder can be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:
@@ -76,16 +79,6 @@ def check_writable(path: str | Path) -> None:
             pass
     except OSError as error:
         raise _cannot_write(path, error) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the folder's new names on the disk, on systems where a folder can be opened."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager

@@ -87,12 +87,12 @@ def _check_history(history: list[dict[str, Any]], epochs: int) -> None:
         raise ValueError(f"{len(history)} rows of history after {epochs} epochs")
     best_acc = -1.0
     for number, row in enumerate(history, 1):
-        check_row(row, number)
+        _check_row(row, number)
         row.setdefault("is_best", row["val_acc"] > best_acc)  # older files don't tell
         best_acc = max(best_acc, row["val_acc"])
 
 
-def check_row(row: dict[str, Any], number: int) -> None:
+def _check_row(row: dict[str, Any], number: int) -> None:
     """Raise an error if a row of the history is not as train.py writes epoch `number`'s."""
     numbers = [row[name] for name in ROW_KEYS if name != "lr"] + [*row["lr"].values()]
     skipped = row.get("skipped_steps", [])

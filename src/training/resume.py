@@ -9,7 +9,7 @@ and writes stand in a file beside them, which counts only where it was written.
 import json
 import shlex
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +131,9 @@ def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict
         told = json.loads(_read_text(source.with_name(PATHS_FILE)))
         about = told["folder"], told["fingerprint"]
         if about == (str(source.parent.resolve()), run["fingerprint"]):
-            kinds = {name: type(FLAGS[name].default) for name in wanted}  # str, or a Path
             return {
-                name: str(told[name]) if kind is str else Path(told[name])
-                for name, kind in kinds.items()
-            }
+                name: type(FLAGS[name].default)(told[name]) for name in wanted
+            }  # str, or a Path
         reason = "was written for another folder or run"
     except (ValueError, LookupError, TypeError, RecursionError):
         reason = "is not there or damaged"
@@ -183,8 +181,7 @@ def go_on(
             )
     changes = {name: value for name, value in given.items() if FLAGS[name].metadata["changes"]}
     settings = resolve(stored.recipe, content["run"]["dataset"], {**settings, **changes})
-    names = {f.name for f in fields(Options)}
-    changes = {name: value for name, value in changes.items() if name in names}
+    changes = {name: value for name, value in changes.items() if hasattr(stored, name)}
     options = replace(stored, **changes | {"save_dir": options.save_dir, "resume": str(path)})
     return options, SavedRun(path, content, settings, content["run"]["dataset"])
 
