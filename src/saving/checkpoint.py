@@ -113,7 +113,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         checkpoint |= _validated_description(checkpoint, config)
         model = _rebuild(state, config)
     except Exception as error:  # whatever a value of a wrong kind brings up
-        raise _refusal(path, error) from None
+        raise refusal(path, error) from None
     return model, {**checkpoint, "model_config": config}
 
 
@@ -130,11 +130,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = read_archive(content)
     except RefusedError as error:
-        raise _refusal(path, error, f"it is refused, since {error}") from None
+        raise refusal(path, error, f"it is refused, since {error}") from None
     except Exception as error:  # zipfile and PyTorch raise many kinds
-        raise _refusal(path, error, "it is damaged, cut off, or in another format") from None
+        raise refusal(path, error, "it is damaged, cut off, or in another format") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        raise _refusal(path, KeyError("model_state_dict"))
+        raise refusal(path, KeyError("model_state_dict"))
     written_as = checkpoint.get("format", 1)
     if type(written_as) is not int or not 1 <= written_as <= FORMAT:
         raise UserError(f"{path} is of a newer version of this project: update this one to use it")
@@ -149,9 +149,9 @@ def _read_whole(path: Path) -> bytes:
         hint = "train first, or name one with --checkpoint"
         raise UserError(f"checkpoint {error}; {hint}") from None
     except MemoryError as error:
-        raise _refusal(path, error) from None
+        raise refusal(path, error) from None
     if not content:
-        raise _refusal(path, ValueError("it is empty"))
+        raise refusal(path, ValueError("it is empty"))
     prefix, digest = content[-64 - len(CHECKSUM) : -64], content[-64:]
     covered = memoryview(content)[: -2 - len(prefix) - len(digest)]
     if prefix == CHECKSUM and hashlib.sha256(covered).hexdigest().encode() != digest:
@@ -159,7 +159,9 @@ def _read_whole(path: Path) -> bytes:
     return content
 
 
-def _refusal(path: Path, error: Exception, reason: str = "") -> UserError:
+def refusal(
+    path: Path, error: Exception, reason: str = "", what: str = "a checkpoint of this ViT"
+) -> UserError:
     """One line that says why a file is not used: the `reason`, else what the `error` says."""
     if is_out_of_memory(error):
         size = f"{path.stat().st_size / 1e6:,.0f} MB"
@@ -169,7 +171,7 @@ def _refusal(path: Path, error: Exception, reason: str = "") -> UserError:
         )
     reason = reason or (f"it has no {error}" if isinstance(error, KeyError) else str(error))
     reason = "".join(filter(str.isprintable, " ".join(reason.split())))[:200]  # it may quote names
-    return UserError(f"{path} is not a checkpoint of this ViT: {reason}; {ADVICE}")
+    return UserError(f"{path} is not {what}: {reason}; {ADVICE}")
 
 
 # ------------------------------------------------------------------------------------------- check

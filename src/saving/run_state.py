@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 from recipes import fingerprint, from_stored
-from saving.checkpoint import load_checkpoint
+from saving.checkpoint import load_checkpoint, refusal
 
 # What a state has beyond a checkpoint of a trained model.
 STATE_KEYS = ("average_state_dict", "run", "position", "best", "history", "random")
@@ -37,11 +37,7 @@ def refusing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a file that was made to mislead may bring up any
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(
-            f"{path} is not the state of a run ({' '.join(reason.split())[:200]}): name a last.pt "
-            "that src/train.py wrote"
-        ) from None
+        raise refusal(path, error, what="the state of a run") from None
 
 
 def read_run_state(path: Path) -> dict[str, Any]:

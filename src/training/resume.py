@@ -131,9 +131,7 @@ def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict
         told = json.loads(_read_text(source.with_name(PATHS_FILE)))
         about = told["folder"], told["fingerprint"]
         if about == (str(source.parent.resolve()), run["fingerprint"]):
-            return {
-                name: type(FLAGS[name].default)(told[name]) for name in wanted
-            }  # str, or a Path
+            return {name: type(FLAGS[name].default)(told[name]) for name in wanted}
         reason = "was written for another folder or run"
     except (ValueError, LookupError, TypeError, RecursionError):
         reason = "is not there or damaged"
