@@ -64,10 +64,8 @@ def build_optimizer(
     and `weight_decay`.
 
     The optimizer's `text` is the call with what was filled in, for Muon with AdamW's beside it; its
-    `base_lr` the first group's rate, before a schedule changes it.
-
-    Raises:
-        UserError: `text` is not a call of a known optimizer, or this refuses its arguments.
+    `base_lr` the first group's rate, before a schedule changes it. Raises UserError if `text` is
+    not a call of a known optimizer, or this refuses its arguments.
     """
     call = parse_call(text, OPTIMIZERS)
     _refuse_misuse(call, head_lr, no_decay)

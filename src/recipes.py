@@ -234,10 +234,8 @@ FLAGS: dict[str, Field] = {f.name: f for f in (*fields(Options), *fields(Setting
 
 
 def parse_args(flags: Sequence[str] | None = None) -> tuple[Options, dict[str, Any]]:
-    """The options, from the command line by default, and all flags that it names.
-
-    Raises:
-        UserError: a flag is not known, or its value is out of bounds.
+    """The options, from the command line by default, and all flags that it names. Raises UserError
+    if a flag is not known, or its value is out of bounds.
     """
     parser = cli.Parser(description="Train the Vision Transformer, from the data to the report.")
     add_flags(parser, FLAGS)
@@ -260,13 +258,10 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 
 def resolve(recipe: str, dataset: str, given: Mapping[str, Any]) -> Settings:
     """The settings of a run: the defaults, what replaces them in the recipe, what the data set asks
-    for, what was given by hand.
+    for, what was given by hand. Raises UserError if the settings don't fit together.
 
     Args:
         given: flags by name; those that are no settings are left out.
-
-    Raises:
-        UserError: the settings don't fit together.
     """
     names = {f.name for f in fields(Settings)}
     given = {name: value for name, value in given.items() if name in names}
@@ -301,10 +296,8 @@ def to_stored(options: Options, settings: Settings, dataset: str) -> dict[str, A
 
 
 def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """The options and the settings by name that `to_stored` stored, all checked.
-
-    Raises:
-        Exception: one has no such value; a `KeyError` if an option is missing.
+    """The options and the settings by name that `to_stored` stored, all checked. Raises an error
+    if one has no such value; a `KeyError` if an option is missing.
     """
     settings = {
         f.name: _stored_value(f, run["settings"].get(f.name, f.metadata["off"]))

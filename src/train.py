@@ -59,10 +59,8 @@ def load_data(
 
     The settings are resolved twice. First for the data set that is expected, so that most wrong
     flags are refused before a download; then for the one that was loaded, as the digits may have
-    replaced MNIST.
-
-    Raises:
-        UserError: flags contradict each other or have no effect, or the data set can't be had.
+    replaced MNIST. Raises UserError if flags contradict each other or have no effect, or the data
+    set can't be had.
     """
     if saved:
         return saved.settings, load_on_all_processes(saved.dataset, options.data_dir, world)

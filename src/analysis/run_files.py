@@ -58,11 +58,8 @@ def read_run_files(
 
 
 def read_history(path: Path) -> dict[str, Any]:
-    """A run's `history.json`, as far as the report uses it, with every number checked.
-
-    Raises:
-        UserError: it is damaged, or has another form.
-        FileNotFoundError: there is none.
+    """A run's `history.json`, as far as the report uses it, with every number checked. Raises
+    UserError if it is damaged, or has another form, FileNotFoundError if there is none.
     """
     try:
         data = json.loads(_read(path))
@@ -97,11 +94,8 @@ def read_history(path: Path) -> dict[str, Any]:
 
 
 def read_timing(path: Path) -> dict[str, Any]:
-    """A run's `timing_<device type>.txt`, lines of `key: value`; times in seconds.
-
-    Raises:
-        UserError: it is damaged, or has another form.
-        FileNotFoundError: there is none.
+    """A run's `timing_<device type>.txt`, lines of `key: value`; times in seconds. Raises UserError
+    if it is damaged, or has another form, FileNotFoundError if there is none.
     """
     try:
         pairs = (line.partition(":") for line in _read(path).splitlines()[:100])

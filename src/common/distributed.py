@@ -111,10 +111,8 @@ class StopBroadcast:
 
 
 def find_world() -> World:
-    """This process's place, from the variables that torchrun sets.
-
-    Raises:
-        UserError: they make no sense.
+    """This process's place, from the variables that torchrun sets. Raises UserError if they make no
+    sense.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: os.environ.get(name, "") for name in names}
@@ -136,9 +134,8 @@ def find_world() -> World:
 
 def device_of(world: World, device: torch.device) -> torch.device:
     """The process's own device: the GPU of its number, where `device` is CUDA and names none.
-
-    Raises:
-        UserError: there are more processes than GPUs, or one GPU is named for several processes.
+    Raises UserError if there are more processes than GPUs, or one GPU is named for several
+    processes.
     """
     if world.size == 1 or device.type != "cuda":
         return device
@@ -157,10 +154,8 @@ def device_of(world: World, device: torch.device) -> torch.device:
 
 @contextmanager
 def joined(world: World, device: torch.device) -> Iterator[None]:
-    """Connect the processes for as long as the block lasts; only the first prints.
-
-    Raises:
-        PeerLostError: another process ended, or couldn't be reached.
+    """Connect the processes for as long as the block lasts; only the first prints. Raises
+    PeerLostError if another process ended, or couldn't be reached.
     """
     if world.size == 1:
         yield

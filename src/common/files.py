@@ -22,10 +22,8 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
     """Yield a temporary path beside `path`; once the block has written to it, rename it to `path`.
 
     The new file is on the disk before it is renamed, and the old one is renamed to `keep` if that
-    is given. So there is a complete file, new or old, at any time.
-
-    Raises:
-        UserError: the folder or the file can't be written. The old file is still there.
+    is given. So there is a complete file, new or old, at any time. Raises UserError if the folder
+    or the file can't be written. The old file is still there.
     """
     path = Path(path).resolve()  # a symbolic link is kept, the file that it points to replaced
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{_TEMPORARY}{path.suffix}")
@@ -86,10 +84,8 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     """Keep other processes from using `folder` until the block, or this process, has ended.
 
     Half-written files of killed processes are removed from it. A file system without locks gives no
-    protection; a note on stderr says so.
-
-    Raises:
-        UserError: another process uses the folder, or it can't be written.
+    protection; a note on stderr says so. Raises UserError if another process uses the folder, or it
+    can't be written.
     """
     path = Path(folder).resolve() / ".lock"
     pid_path = path.with_name(".lock.pid")  # filelock does not tell which process has the lock

@@ -63,16 +63,13 @@ def read_digits(
 
     Digits may be dark on light or light on dark, in colour, on paper with shadows, grain and
     printed lines, in several lines. Marks that are much lower than the digits (minus, colon, comma)
-    are left out; a mark that is as high is taken for a digit.
+    are left out; a mark that is as high is taken for a digit. Raises UserError if there is no such
+    file, Pillow can't read it, it is too large, shows nothing or more than MAX_DIGITS.
 
     Args:
         source: a path, or a file open in binary mode.
         what: what messages call the picture.
         single: the picture is known to hold one digit, and all its ink is that digit's.
-
-    Raises:
-        UserError: there is no such file, Pillow can't read it, it is too large, shows nothing or
-            more than MAX_DIGITS.
     """
     picture, size = _read_picture(source, what)
     ink, pieces, photo = _connect(without_lines(_ink(picture)), what)

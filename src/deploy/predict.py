@@ -57,10 +57,8 @@ def check_image_shape(checkpoint: dict[str, Any], path: str | Path, advice: str 
 
 
 def list_images(names: list[str]) -> list[str]:
-    """The names, with each folder replaced by the pictures directly in it, sorted by name.
-
-    Raises:
-        UserError: a folder can't be read or holds no picture, or "-" is named twice.
+    """The names, with each folder replaced by the pictures directly in it, sorted by name. Raises
+    UserError if a folder can't be read or holds no picture, or "-" is named twice.
     """
     if names.count(STDIN) > 1:
         raise UserError(f"--image {STDIN} given {names.count(STDIN)} times: stdin is one image")

@@ -12,10 +12,8 @@ MAX_PLOTTED = 1_000_000  # steps of a run that is drawn
 
 
 def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
-    """All flags of the command line with their values, and those that it names.
-
-    Raises:
-        UserError: a flag is not known, its value is out of bounds, or it has no effect.
+    """All flags of the command line with their values, and those that it names. Raises UserError if
+    a flag is not known, its value is out of bounds, or it has no effect.
     """
     parser = cli.Parser(
         description="List the optimizers and schedules, or draw how a schedule moves the rate."

@@ -61,9 +61,7 @@ def versions() -> dict[str, str]:
 
 def find_checkpoint(given: str | Path | None = None) -> Path:
     """The checkpoint to use: the one `given`, else the current folder's, else the pretrained one.
-
-    Raises:
-        UserError: none is given, and neither of the others exists.
+    Raises UserError if none is given, and neither of the others exists.
     """
     if given is not None:
         return Path(given)
@@ -79,10 +77,8 @@ def find_checkpoint(given: str | Path | None = None) -> Path:
 def save_checkpoint(
     path: str | Path, checkpoint: dict[str, Any], keep: str | Path | None = None
 ) -> None:
-    """Write a checkpoint, whole or not at all; an older file is renamed to `keep` if given.
-
-    Raises:
-        UserError: it can't be written.
+    """Write a checkpoint, whole or not at all; an older file is renamed to `keep` if given. Raises
+    UserError if it can't be written.
     """
     buffer = io.BytesIO()  # on a full disk, PyTorch's own error hides the reason
     torch.save(checkpoint, buffer)
@@ -97,12 +93,10 @@ def save_checkpoint(
 
 def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
     """Read a checkpoint, ours or a published one, check all that is used of it, rebuild the model.
+    Raises UserError if there is no such file, it is damaged, no checkpoint, or another model's.
 
     Returns:
         The model on the CPU, in evaluation mode, and the checkpoint with every key of ours.
-
-    Raises:
-        UserError: there is no such file, it is damaged, no checkpoint, or another model's.
     """
     path = Path(path)
     checkpoint = {**PUBLISHED, **read_checkpoint(path)}
@@ -121,10 +115,8 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as it is: of its values only `format` is checked.
-
-    Raises:
-        UserError: there is no such file, it is damaged, no checkpoint, or of a later format.
+    """Read a checkpoint as it is: of its values only `format` is checked. Raises UserError if there
+    is no such file, it is damaged, no checkpoint, or of a later format.
     """
     content = _read_whole(path)
     try:

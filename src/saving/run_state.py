@@ -41,10 +41,8 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def read_run_state(path: Path) -> dict[str, Any]:
-    """The content of a `last.pt`, all checked but the optimizer's state.
-
-    Raises:
-        UserError: it can't be read, or holds no state of a run.
+    """The content of a `last.pt`, all checked but the optimizer's state. Raises UserError if it
+    can't be read, or holds no state of a run.
     """
     _, state = load_checkpoint(path)  # which rebuilds the model from it, so sizes agree
     if "run" not in state:
@@ -111,9 +109,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], model: nn.Module
     """Load an optimizer's state after a look at every tensor.
 
     The fused steps look at none: one of a wrong shape would have them write anywhere in memory.
-
-    Raises:
-        Exception: the state is not such an optimizer's.
+    Raises Exception if the state is not such an optimizer's.
     """
     if isinstance(optimizer, torch.optim.LBFGS):  # not fused, and with lists that grow
         length = sum(p.numel() for p in model.parameters())

@@ -54,13 +54,11 @@ class SavedRun:
 
 
 def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: bool) -> None:
-    """Write `last.pt` and the run's paths; the `last.pt` of before becomes `last.prev.pt`.
+    """Write `last.pt` and the run's paths; the `last.pt` of before becomes `last.prev.pt`. Raises
+    UserError if it can't be written. What was there is still there.
 
     Args:
         first: of a run: then what was there is an earlier run's, and is not kept.
-
-    Raises:
-        UserError: it can't be written. What was there is still there.
     """
     paths = {name: str(Path(getattr(options, name)).absolute()) for name in PATHS}
     about = {"folder": str(folder.resolve()), "fingerprint": state["run"]["fingerprint"]}
@@ -85,16 +83,14 @@ def flags_to_go_on(options: Options, last_path: Path) -> str:
 
 
 def load_last(path: Path) -> tuple[dict[str, Any], Path]:
-    """Read a run's state, from the file before it with a warning where this one is damaged.
+    """Read a run's state, from the file before it with a warning where this one is damaged. Raises
+    UserError if neither file holds the state of a run.
 
     Args:
         path: a file named `*.pt`, or a folder with a `last.pt`.
 
     Returns:
         The checkpoint, and the file that it was read from.
-
-    Raises:
-        UserError: neither file holds the state of a run.
     """
     is_folder = path.is_dir() or (not path.exists() and path.suffix != ".pt")
     path = path / LAST if is_folder else path
@@ -116,15 +112,13 @@ def load_last(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict[str, str | Path]:
-    """The paths with which the run in `source` goes on, where the command line names none.
+    """The paths with which the run in `source` goes on, where the command line names none. Raises
+    UserError if they are not told, or were told for another folder: this one was moved, or is a
+    stranger's, which must not choose where we write.
 
     Args:
         run: what the file says of it; the digits need no `--data_dir`.
         given: the flags that the command line names.
-
-    Raises:
-        UserError: they are not told, or were told for another folder: this one was moved, or is a
-            stranger's, which must not choose where we write.
     """
     wanted = [name for name in PATHS if name not in given]
     try:
@@ -154,14 +148,12 @@ def _read_text(path: Path) -> str:
 def go_on(
     content: dict[str, Any], path: Path, options: Options, given: dict[str, Any]
 ) -> tuple[Options, SavedRun]:
-    """The run in `path` with what the command line may change and does.
+    """The run in `path` with what the command line may change and does. Raises UserError if a flag
+    contradicts the run.
 
     Args:
         options: of the command line; its `save_dir` is kept.
         given: the flags that it names, with the paths found for those that it doesn't.
-
-    Raises:
-        UserError: a flag contradicts the run.
     """
     stored, settings = from_stored(content["run"])
     before = {**vars(stored), **settings}
@@ -211,10 +203,8 @@ def restore(
 ) -> None:
     """Put everything where it was when the run was saved.
 
-    Processes beyond those that the state knows keep their generators as they are.
-
-    Raises:
-        UserError: the state doesn't fit.
+    Processes beyond those that the state knows keep their generators as they are. Raises UserError
+    if the state doesn't fit.
     """
     state = saved.content
     with refusing(saved.path):

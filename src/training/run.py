@@ -48,13 +48,11 @@ SHOWN_AS_CALLS |= {"warmup_epochs", "swa_lr", "swa_anneal_epochs", "swa_anneal_s
 def open_run(
     options: Options, given: Mapping[str, Any], world: World, device: torch.device
 ) -> Iterator[tuple[Options, SavedRun | None]]:
-    """Read where a run goes on, hold its folder and connect its processes, for the block.
+    """Read where a run goes on, hold its folder and connect its processes, for the block. Raises
+    UserError if there is nothing to resume, or a place can't be written or is another run's.
 
     Yields:
         The options, of the saved run where one is resumed, and that run.
-
-    Raises:
-        UserError: there is nothing to resume, or a place can't be written or is another run's.
     """
     content, source, given = None, options.save_dir, dict(given)
     if options.resume is not None:
@@ -211,10 +209,8 @@ class Run:
     def is_finite(self, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the step's loss and gradient are numbers in all processes, so that it is taken.
 
-        A GPU is asked every 20 steps and before each save; until then the answer is yes.
-
-        Raises:
-            NotFiniteError: they are not, and such steps are not to be skipped.
+        A GPU is asked every 20 steps and before each save; until then the answer is yes. Raises
+        NotFiniteError if they are not, and such steps are not to be skipped.
         """
         finite = self.world.all(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self._asks_later:
@@ -235,10 +231,8 @@ class Run:
     def end_step(
         self, batch: Batch, loss: Tensor, hits: Tensor, grad_norm: Tensor, finite: bool
     ) -> None:
-        """Count the step; save or stop if it is time.
-
-        Raises:
-            Stopped: a signal has asked for it; all is saved.
+        """Count the step; save or stop if it is time. Raises Stopped if a signal has asked for it;
+        all is saved.
         """
         sums, last_step = self.sums, len(self.loaders[0])
         sums.add_step(self._lrs)
