@@ -1,12 +1,7 @@
 """Train the Vision Transformer: arguments, data, model, optimizer, loop, checkpoint, report.
 
-This is the recipe, top to bottom. Around it
-
-    recipes.py             every flag and its default: `Settings` (how a run learns) and `Options`
-                           (data, machine, output); the recipes; what a data set changes
-    training/run.py        what a run does when it is stopped, when a step is not finite, and to
-                           save and count; none of that is in the recipe
-    training/run_files.py  what best_model.pt, last.pt and history.json hold, and the printed report
+This is the recipe, top to bottom. The flags are in recipes.py; what keeps a run safe (stops, saves,
+steps that are not finite) is in training/run.py.
 """
 
 import common.startup  # noqa: F401 sets up threads, so before PyTorch

@@ -27,18 +27,12 @@ class World:
     """The processes of a run.
 
     Every method is a meeting: all processes must call it, in the same order.
-
-    Attributes:
-        rank: this process's number, from 0.
-        size: how many there are.
-        local_rank: its number on its machine, from 0.
-        local_size: how many there are on its machine.
     """
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    rank: int = 0  # this process's number
+    size: int = 1  # how many there are
+    local_rank: int = 0  # its number on its machine
+    local_size: int = 1  # how many there are on its machine
 
     @property
     def leads(self) -> bool:

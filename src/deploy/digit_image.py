@@ -239,11 +239,7 @@ def _grain(ink: np.ndarray) -> float:
 
 
 def _label_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool) -> np.ndarray:
-    """The digits as labels (H, W), numbered in reading order.
-
-    Args:
-        pieces: the connected pieces as labels (H, W).
-    """
+    """The digits as labels (H, W), numbered in reading order, of the connected `pieces` (H, W)."""
     if not single:
         pieces = _separate(ink, pieces)
     numbers = np.arange(1, pieces.max() + 1)

@@ -226,7 +226,6 @@ def export(
 
     Args:
         model: on the CPU, in evaluation mode.
-        checkpoint: what `load_checkpoint` gave with the model.
         mode: "onnx" or "torch_export".
         precision: "fp32", or of ONNX "fp16" and "int8".
         raw_input: put normalisation, temperature and softmax into the file.
@@ -260,9 +259,6 @@ def compare(exported: Exported, precision: str, name: str, val: Split | None) ->
 
     Args:
         val: not the test images, since they decide whether the file is written.
-
-    Returns:
-        A table for people.
     """
     without = "" if precision == "fp32" else "; export it without --half and --quantize"
     advice = f"not written{without}"

@@ -88,9 +88,6 @@ def load_last(path: Path) -> tuple[dict[str, Any], Path]:
 
     Args:
         path: a file named `*.pt`, or a folder with a `last.pt`.
-
-    Returns:
-        The checkpoint, and the file that it was read from.
     """
     is_folder = path.is_dir() or (not path.exists() and path.suffix != ".pt")
     path = path / LAST if is_folder else path

@@ -83,20 +83,15 @@ class Run:
 
     In the order of the calls: `start`; in a `with` block `epochs`, `batches`, `is_finite`,
     `end_step`, `end_epoch`; after it `best_model` and `finish`. Each is a meeting of all processes.
-
-    Args:
-        settings: how it learns; they are stored and reported.
-        precision: "bf16" or "fp32", of the matrix products.
-        saved: the run that it goes on with; None: it begins.
     """
 
     options: Options
     settings: Settings
     dataset: Dataset
-    precision: str
+    precision: str  # "bf16" or "fp32", of the matrix products
     device: torch.device
     world: World
-    saved: SavedRun | None
+    saved: SavedRun | None  # the run to resume
 
     def __post_init__(self) -> None:
         self._signals = StopSignals(repeats_within=0.3 if self.world.size > 1 else 0.0)
@@ -166,7 +161,7 @@ class Run:
         if self._bar is not None:
             self._bar.close()
         if isinstance(error, NotFiniteError):
-            path = self._save_bad_batch(error)
+            path = self.files.save_bad_batch(self.epoch, error, self.loaders[0])
             numbers = f": {error}" if error.numbers else ""
             raise UserError(
                 f"step {error.step} of epoch {self.epoch} is not finite{numbers}; "
@@ -224,8 +219,9 @@ class Run:
         if self.options.on_nonfinite == "stop":
             raise bad
         self.sums.skipped.append(step)
+        path = self.files.save_bad_batch(self.epoch, bad, self.loaders[0])
         note = f"note: step {step} of epoch {self.epoch} skipped: {bad}"
-        tqdm.write(f"{note}; the latest such batch: {self._save_bad_batch(bad)}", file=sys.stderr)
+        tqdm.write(f"{note}; the latest such batch: {path}", file=sys.stderr)
         return False
 
     def end_step(
@@ -300,9 +296,6 @@ class Run:
 
     def _flags_to_go_on(self) -> str:
         return resume.flags_to_go_on(self.options, self.files.paths.last)
-
-    def _save_bad_batch(self, bad: NotFiniteError) -> Path:
-        return self.files.save_bad_batch(self.epoch, bad, self.loaders[0])
 
     # --------------------------------------------------------------------------------------- end
 

@@ -62,11 +62,9 @@ def compile_network(
     the model as it is too: compiling once more would take longer.
 
     Args:
-        model: in training mode.
         mode: "on", "off", or "auto", which compiles for CUDA: there a step of small kernels waits
             for Python; on CPUs the matrix products set the pace.
         sample: a batch (B, C, S, S) of the size to come, on the model's device.
-        precision: "bf16" or "fp32", of the matrix products.
     """
     device = sample.device
     cuda = device.type == "cuda"
