@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.device import choose_device
-from recipes import RECIPES, Settings
+from recipes import RECIPES, Settings, add_flags
 
 TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of the test set
 
@@ -47,8 +47,7 @@ def main() -> None:
     parser.add_argument(
         "--flags", default="", help='more of src/train.py\'s, as in --flags="--embed_dim 64"'
     )
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
+    add_flags(parser, ("data_dir", "device"))
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)

@@ -20,7 +20,7 @@ import optim
 from common import cli
 from common.device import choose_device, choose_precision
 from common.errors import UserError
-from recipes import Settings
+from recipes import Settings, add_flags
 from training.speed import keep_freed_memory
 from vit_model import ViT
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--turns", default=3, type=cli.integer(1), help="processes of each setting")
     parser.add_argument("--one", type=cli.integer(1), help="print the seconds of so many steps")
     report.add_record(parser)
-    cli.add_device(parser)
+    add_flags(parser, ("device",))
     args = parser.parse_args()
     if args.device != "auto" and choose_device(args.device).type != "cpu":
         raise UserError(f"--device {args.device}: this is about the threads of a CPU")

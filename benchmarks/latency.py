@@ -16,6 +16,7 @@ import torch
 from common import cli
 from common.device import choose_device
 from deploy.export import onnx_session, to_bytes, to_onnx
+from recipes import add_flags
 from saving.checkpoint import load_checkpoint
 from vit_model import ViT
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--threads", default=1, type=cli.integer(1, 1024), help="of the CPU")
     parser.add_argument("--turns", default=10, type=cli.integer(3), help="timed turns of each")
     parser.add_argument("--calls", default=10, type=cli.integer(1), help="timed calls in a turn")
-    cli.add_device(parser)
+    add_flags(parser, ("device",))
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)

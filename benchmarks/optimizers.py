@@ -13,6 +13,7 @@ from tqdm import tqdm
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
+from recipes import add_flags
 
 # The call, and the flags that it needs beside COMMON.
 OPTIMIZERS: list[tuple[str, list[str]]] = [
@@ -54,8 +55,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=cli.integer(1), default=1, help="length of each run")
     parser.add_argument("--batch_size", type=cli.integer(1), default=128, help="images per step")
     parser.add_argument("--train_samples", type=cli.integer(1), default=54_000, help="images")
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
+    add_flags(parser, ("data_dir", "device"))
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.errors import UserError
-from deploy.digit_image import read_digit
+from deploy.digit_image import read_digits
 from deploy.predict import predict
 
 Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
@@ -293,12 +293,12 @@ def _save(pixels: np.ndarray, kind: Kind, generator: np.random.Generator) -> byt
 
 
 def read_all(files: list[bytes], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """What `read_digit` makes of the files, uint8 (n, 28, 28), and which it refused, bool (n,)."""
+    """What `read_digits` makes of the files, uint8 (n, 28, 28), and which it refused, bool (n,)."""
     digits = np.zeros((len(files), 28, 28), dtype=np.uint8)
     refused = np.zeros(len(files), dtype=bool)
     for i, (content, name) in enumerate(zip(files, names, strict=True)):
         try:
-            digits[i] = read_digit(io.BytesIO(content), name)
+            digits[i] = read_digits(io.BytesIO(content), name, single=True).digits[0].pixels
         except UserError:
             refused[i] = True
     return digits, refused

@@ -30,6 +30,7 @@ from data.dataset import Split  # noqa: E402
 from data.load import load_dataset  # noqa: E402
 from deploy.flags import add_checkpoint  # noqa: E402
 from optim import clip_gradients  # noqa: E402
+from recipes import add_flags  # noqa: E402
 from saving.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
 from train import forward_backward  # noqa: E402
 from utils import Batch, BatchLoader  # noqa: E402
@@ -52,8 +53,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--split", default="test", choices=["val", "test"], help="whose digits; val to develop"
     )
     parser.add_argument("--seed", default=0, type=cli.integer(0), help="of all that is drawn")
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
+    add_flags(parser, ("data_dir", "device"))
     add_record(parser)
 
 

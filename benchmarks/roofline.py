@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import optim
 from common import cli
 from common.device import choose_device
-from recipes import RECIPES, Settings
+from recipes import RECIPES, Settings, add_flags, section_of
 from train import forward_backward
 from training.speed import compile_network, keep_freed_memory
 from utils import Batch
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="article", choices=RECIPES, help="of src/recipes.py")
     parser.add_argument("--turns", default=20, type=cli.integer(1), help="timed training steps")
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="as train")
-    cli.add_device(parser)
+    add_flags(parser, ("device",))
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)
@@ -58,7 +58,7 @@ def main() -> None:
     }
     rows = []
     for precision, peak in peaks.items():
-        model = ViT(**settings.section("model")).to(device)
+        model = ViT(**section_of(settings, "model")).to(device)
         optimizer = optim.build_optimizer(
             settings.optimizer, model, lr=settings.lr, weight_decay=settings.weight_decay
         )

@@ -22,7 +22,7 @@ from common import cli, distributed, startup
 from common.device import choose_device, choose_precision
 from common.distributed import World
 from data.mnist import load_mnist
-from recipes import Settings
+from recipes import Settings, add_flags
 from training.speed import keep_freed_memory
 from utils import make_loaders
 from vit_model import ViT, count_parameters
@@ -78,8 +78,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", default=[1, 2], type=cli.integer(1, 1024))
     parser.add_argument("--steps", default=20, type=cli.integer(1, 421), help="in a turn")
     parser.add_argument("--turns", default=5, type=cli.integer(1), help="timed turns of each")
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
+    add_flags(parser, ("data_dir", "device"))
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)

@@ -28,7 +28,7 @@ from common import cli
 from common.device import choose_device
 from common.errors import UserError
 from data.mnist import load_mnist
-from recipes import Settings
+from recipes import Settings, add_flags
 from training.speed import compile_network, keep_freed_memory
 from vit_model import TransformerBlock, ViT
 
@@ -138,8 +138,7 @@ def main() -> None:
         "--num_workers", default=0, type=cli.integer(0), help="of the plain way's DataLoader"
     )
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="as train")
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
+    add_flags(parser, ("data_dir", "device"))
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)

@@ -16,6 +16,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -33,8 +34,11 @@ from optimizers.calls import (
     parse_call,
     signature_of,
 )
+from optimizers.gallery import GALLERY, panel
 from optimizers.muon import MuonWithAdamW
-from optimizers.schedule import FROM_RUN, build_scheduler
+from optimizers.schedule import FROM_RUN, Schedule, build_scheduler
+from recipes import Settings
+from vit_model import ViT
 
 MAX_HISTORY = 1000  # LBFGS's history_size; each entry is as large as the model
 
@@ -60,10 +64,8 @@ def build_optimizer(
     and `weight_decay`.
 
     The optimizer's `text` is the call with what was filled in, for Muon with AdamW's beside it; its
-    `base_lr` the first group's rate, before a schedule changes it.
-
-    Raises:
-        UserError: `text` is not a call of a known optimizer, or this refuses its arguments.
+    `base_lr` the first group's rate, before a schedule changes it. Raises UserError if `text` is
+    not a call of a known optimizer, or this refuses its arguments.
     """
     call = parse_call(text, OPTIMIZERS)
     _refuse_misuse(call, head_lr, no_decay)
@@ -93,6 +95,33 @@ def build_optimizer(
     if is_muon:
         optimizer.text += f" on the blocks' matrices, AdamW({lr=}, {weight_decay=}) on the rest"
     return optimizer
+
+
+def build_optimizer_and_schedule(
+    settings: Settings, model: nn.Module, steps_per_epoch: int
+) -> tuple[Optimizer, Schedule]:
+    """What `settings.optimizer` and `settings.scheduler` call for, with their related flags."""
+    optimizer = build_optimizer(
+        settings.optimizer,
+        model,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        head_lr=settings.head_lr,
+        no_decay=settings.no_decay,
+    )
+    schedule = build_scheduler(
+        settings.scheduler,
+        optimizer,
+        epochs=settings.epochs,
+        steps_per_epoch=steps_per_epoch,
+        interval=settings.scheduler_interval,
+        warmup_epochs=settings.warmup_epochs,
+        swa_start=settings.swa_start,
+        swa_lr=settings.swa_lr,
+        swa_anneal_epochs=settings.swa_anneal_epochs,
+        swa_anneal_strategy=settings.swa_anneal_strategy,
+    )
+    return optimizer, schedule
 
 
 def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool) -> None:
@@ -174,11 +203,7 @@ def _rehearse(cls: type[Optimizer], arguments: dict[str, Any], device: torch.dev
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether a step computes loss and gradients several times, as LBFGS does.
-
-    The loop then steps with `loss = optimizer.step(closure)`, where `closure()` zeroes the
-    gradients, runs the model on the batch at hand, calls `backward` and returns the loss.
-    """
+    """Whether a step computes loss and gradients several times, by a closure, as LBFGS does."""
     return isinstance(optimizer, LBFGS)
 
 
@@ -208,15 +233,10 @@ def clip_gradients(optimizer: Optimizer, grad_clip: float) -> Tensor:
 def check_calls(
     optimizer: str, scheduler: str, *, swa_lr: float | None, given: Mapping[str, Any]
 ) -> None:
-    """Check the texts of a run's flags, and refuse flags that would have no effect beside them.
+    """Refuse texts that are no calls of known classes, and flags that have no effect beside them.
 
     Args:
-        optimizer, scheduler: the calls.
-        swa_lr: the run's.
         given: the flags that were given by hand, by name: those of a recipe may be idle.
-
-    Raises:
-        UserError: a text is not a call of a known class, or a flag would have no effect.
     """
     calls = {}
     for flag, text, classes in (
@@ -279,21 +299,15 @@ def _list() -> None:
 def _plot(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """Draw the schedule that the flags describe, or, without one, the gallery."""
     from analysis import figures  # only here: it imports Matplotlib
-    from optimizers.gallery import GALLERY, panel
-    from vit_model import ViT
 
     model = ViT(embed_dim=8, depth=1, num_heads=1)
     if args.scheduler:
         check_calls(args.optimizer, args.scheduler, swa_lr=args.swa_lr, given=given)
+    given_or_default = {f.name: getattr(args, f.name) for f in fields(Settings) if f.name in args}
     panels = []
     for call, flags in [(args.scheduler, {})] if args.scheduler else GALLERY:
-        s = argparse.Namespace(**{**vars(args), "scheduler": call, **flags})
-        rates = {name: vars(s)[name] for name in ("lr", "weight_decay", "head_lr", "no_decay")}
-        optimizer = build_optimizer(s.optimizer, model, **rates)
-        names = ("epochs", "steps_per_epoch", "warmup_epochs")
-        names += ("swa_start", "swa_lr", "swa_anneal_epochs", "swa_anneal_strategy")
-        span = {name: vars(s)[name] for name in names}
-        schedule = build_scheduler(call, optimizer, interval=s.scheduler_interval, **span)
+        settings = Settings(**{**given_or_default, "scheduler": call, **flags})
+        _, schedule = build_optimizer_and_schedule(settings, model, args.steps_per_epoch)
         title = " ".join([call, *(f"--{flag} {value}" for flag, value in flags.items())])
         panels.append(panel(schedule, str(schedule) if args.scheduler else title))
     if args.scheduler:

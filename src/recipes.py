@@ -8,8 +8,9 @@ flags are read before it is imported.
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +33,27 @@ SECTIONS = {  # of --help, in its order
 }
 
 
-def section(name: str, **shared: Any) -> Callable[..., Any]:
-    """A function that makes the fields of one section.
+def flag(section: str, default: Any, help: str, type: Callable = str, **about: Any) -> Any:
+    """A field with all that is known of its flag.
 
-    Its arguments are a flag's default, help, and type (a parser of text that names its bounds), and
-
-        choices: the values there are.
-        changes: whether a resumed run may go on with another value.
-        stored: whether the value belongs to the run, and not to the machine that it is on.
-        off: the value for a checkpoint from before there was this setting; by default the default.
+    Args:
+        type: a parser of text that names the bounds.
+        about: `choices`, the values there are; `changes`, whether a resumed run may go on with
+            another value; `stored`, whether the value belongs to the run and not to the machine;
+            `off`, the value in a checkpoint from before there was this setting.
     """
-
-    def flag(default: Any, help: str, type: Callable[[str], Any] = str, **about: Any) -> Any:
-        about = {"changes": False, "stored": True, "off": default, **shared, **about}
-        return field(
-            default=default, metadata=about | {"section": name, "help": help, "type": type}
-        )
-
-    return flag
+    about = {"changes": False, "stored": True, "off": default, **about}
+    return field(default=default, metadata=about | {"section": section, "help": help, "type": type})
 
 
-data_flag, recipe_flag = section("data"), section("recipe")
-optimization_flag, model_flag = section("optimization"), section("model")
-folder_flag = section("folder")
-augmentation_flag, mixing_flag = section("augmentation", off=0.0), section("mixing", off=0.0)
-machine_flag = section("machine", changes=True)
-resuming_flag = section("resuming", changes=True)
-output_flag = section("output", changes=True, stored=False)
+data_flag, recipe_flag = partial(flag, "data"), partial(flag, "recipe")
+folder_flag, model_flag = partial(flag, "folder"), partial(flag, "model")
+optimization_flag = partial(flag, "optimization")
+augmentation_flag = partial(flag, "augmentation", off=0.0)
+mixing_flag = partial(flag, "mixing", off=0.0)
+machine_flag = partial(flag, "machine", changes=True)
+resuming_flag = partial(flag, "resuming", changes=True)
+output_flag = partial(flag, "output", changes=True, stored=False)
 
 
 @dataclass(frozen=True)
@@ -182,7 +177,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {
         "epochs": 36,
         "batch_size": 256,
-        "label_smoothing": 0.1,
         "optimizer": "Muon(lr=0.02, weight_decay=0.1)",
         "lr": 1.5e-3,
         "scheduler": "OneCycleLR(pct_start=0.1, cycle_momentum=False)",
@@ -264,7 +258,7 @@ class Options:
         choices=tuple(RECIPES),
     )
     seed: int = recipe_flag(42, "of weights, order, augmentation, dropout", integer(0))
-    device: str = machine_flag("auto", cli.DEVICE_HELP, stored=False)
+    device: str = machine_flag("auto", "auto (CUDA, else CPU), cpu, cuda or cuda:N", stored=False)
     precision: str = machine_flag(
         "auto",
         "of training's matrix products; auto: bf16 where the hardware has it",
@@ -303,18 +297,13 @@ FLAGS: dict[str, Field] = {f.name: f for f in (*fields(Options), *fields(Setting
 
 
 def parse_args(flags: Sequence[str] | None = None) -> tuple[Options, dict[str, Any]]:
-    """The options, from the command line by default, and all flags that it names.
-
-    Raises:
-        UserError: a flag is not known, or its value is out of bounds.
+    """The options, from the command line by default, and all flags that it names. Raises UserError
+    if a flag is not known, or its value is out of bounds.
     """
-    parser = cli.Parser(
-        description="Train the Vision Transformer: arguments, data, model, optimizer, loop, "
-        "checkpoint, report."
-    )
-    add_flags(parser, FLAGS.values())
+    parser = cli.Parser(description="Train the Vision Transformer, from the data to the report.")
+    add_flags(parser, FLAGS)
     parser.parse_args(flags)
-    given = parser.given()
+    given = parser.given
     options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
     if options.data_dir is None and options.dataset != "folder":
         data_dir = NAMED_SETS["mnist" if options.dataset == "auto" else options.dataset].data_dir
@@ -327,11 +316,11 @@ def section_of(flags: "Settings | Options", name: str) -> dict[str, Any]:
     return {f.name: getattr(flags, f.name) for f in fields(flags) if f.metadata["section"] == name}
 
 
-def add_flags(parser: argparse.ArgumentParser, flags: Sequence[Field]) -> None:
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Add fields of `Settings` and `Options` to a command line, grouped by section."""
-    for name, title in SECTIONS.items():
+    for section, title in SECTIONS.items():
         group = parser.add_argument_group(title)
-        for flag in (f for f in flags if f.metadata["section"] == name):
+        for flag in (FLAGS[n] for n in names if FLAGS[n].metadata["section"] == section):
             wanted = ("help", "type", "choices", "nargs", "const", "metavar")
             about = {key: flag.metadata[key] for key in wanted if key in flag.metadata}
             if flag.default is False:
@@ -369,15 +358,12 @@ def resolve(
     recipe: str, dataset: str, given: Mapping[str, Any], img_size: int | None = None
 ) -> Settings:
     """The settings of a run: the defaults, what replaces them in the recipe, what the data set asks
-    for, what was given by hand.
+    for, what was given by hand. Raises UserError if the settings don't fit together.
 
     Args:
         dataset: the name for --dataset.
         given: flags by name; those that are no settings are left out.
         img_size: side of the images; None: that of a named set, not yet known of a folder.
-
-    Raises:
-        UserError: the settings don't fit together, or with the data set.
     """
     names = {f.name for f in fields(Settings)}
     given = {name: value for name, value in given.items() if name in names}
@@ -430,10 +416,8 @@ NEW = {f.name for f in fields(Options) if f.metadata["section"] == "folder"}
 
 
 def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """The options and the settings by name that `to_stored` stored, all checked.
-
-    Raises:
-        Exception: one has no such value; a `KeyError` if an option is missing.
+    """The options and the settings by name that `to_stored` stored, all checked. Raises an error
+    if one has no such value; a `KeyError` if an option is missing.
     """
     settings = {
         f.name: _stored_value(f, run["settings"].get(f.name, f.metadata["off"]))
@@ -449,14 +433,13 @@ def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 def _stored_value(flag: Field, value: Any) -> Any:
     """`value` if the command line would take it for this flag, else an error."""
-    if value is flag.default:
+    is_switch = flag.default is False
+    if value is flag.default or (is_switch and value is True):
         return value
-    if type(value) not in (bool, int, float, str) or (type(value) is bool) != (
-        flag.default is False
-    ):
+    if is_switch or type(value) not in (int, float, str):
         raise ValueError(f"its {flag.name} is no value for --{flag.name}")
     try:
-        value = value if type(value) is bool else flag.metadata["type"](str(value))
+        value = flag.metadata["type"](str(value))
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"its {flag.name}: {error}") from None
     if value not in flag.metadata.get("choices", [value]):

@@ -1,12 +1,7 @@
 """Train the Vision Transformer: arguments, data, model, optimizer, loop, checkpoint, report.
 
-This is the recipe, top to bottom. Around it
-
-    recipes.py             every flag and its default: `Settings` (how a run learns) and `Options`
-                           (data, machine, output); the recipes; what a data set changes
-    training/run.py        what a run does when it is stopped, when a step is not finite, and to
-                           save and count; none of that is in the recipe
-    training/run_files.py  what best_model.pt, last.pt and history.json hold, and the printed report
+This is the recipe, top to bottom. The flags are in recipes.py; what keeps a run safe (stops, saves,
+steps that are not finite) is in training/run.py.
 """
 
 import common.startup  # noqa: F401 sets up threads, so before PyTorch
@@ -32,10 +27,9 @@ from data.augment import Augment
 from data.dataset import Dataset
 from data.load import load_on_all_processes
 from data.mix import Mix
-from optim import build_optimizer, check_calls, clip_gradients, needs_closure
+from optim import build_optimizer_and_schedule, check_calls, clip_gradients, needs_closure
 from optimizers.average import WeightAverage
-from optimizers.schedule import Schedule, build_scheduler
-from training.resume import SavedRun, seed_generators
+from training.resume import SavedRun
 from training.run import Run, open_run
 from training.speed import keep_freed_memory, prepare
 from utils import Batch, class_weights, evaluate, make_loaders
@@ -60,10 +54,8 @@ def load_data(
 
     The settings are resolved twice. First for the data set that is expected, so that most wrong
     flags are refused before a download; then for the one that was loaded, as the digits may have
-    replaced MNIST.
-
-    Raises:
-        UserError: flags contradict each other or have no effect, or the data set can't be had.
+    replaced MNIST. Raises UserError if flags contradict each other or have no effect, or the data
+    set can't be had.
     """
     how_to_load = options.data_dir, section_of(options, "folder"), world
     if saved:
@@ -106,7 +98,7 @@ def train(
     train_loader, val_loader, test_loader = loaders
 
     # The same in all processes, so that they draw the same weights; `run.start` seeds them anew.
-    seed_generators(options.seed)
+    torch.manual_seed(options.seed)
     in_chans, img_size, _ = dataset.image_shape
     num_classes = len(dataset.class_names)
     model_config = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes}
@@ -148,33 +140,6 @@ def train(
             schedule.step_epoch(validation.loss)
             run.end_epoch(validation)  # writes last.pt, and best_model.pt if it is the best so far
     run.finish(evaluate(run.best_model(), test_loader, criterion, device, world))
-
-
-def build_optimizer_and_schedule(
-    settings: Settings, model: nn.Module, steps_per_epoch: int
-) -> tuple[Optimizer, Schedule]:
-    """What `settings.optimizer` and `settings.scheduler` call for, with their related flags."""
-    optimizer = build_optimizer(
-        settings.optimizer,
-        model,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        head_lr=settings.head_lr,
-        no_decay=settings.no_decay,
-    )
-    schedule = build_scheduler(
-        settings.scheduler,
-        optimizer,
-        epochs=settings.epochs,
-        steps_per_epoch=steps_per_epoch,
-        interval=settings.scheduler_interval,
-        warmup_epochs=settings.warmup_epochs,
-        swa_start=settings.swa_start,
-        swa_lr=settings.swa_lr,
-        swa_anneal_epochs=settings.swa_anneal_epochs,
-        swa_anneal_strategy=settings.swa_anneal_strategy,
-    )
-    return optimizer, schedule
 
 
 def forward_backward(

@@ -7,6 +7,7 @@ batches there. No image passes through Python on its own.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -35,50 +36,30 @@ class Metrics(NamedTuple):
     top5: float
 
 
+@dataclass(eq=False)
 class BatchLoader:
     """Iterates over (images, labels) batches: float (B, C, S, S), normalised, and int64 (B,).
 
     Order and augmentation of a batch depend on `seed`, the pass and the batch's number alone, so a
     run repeats exactly, whatever else draws random numbers and however many workers prepare; and it
     can go on from any batch. Of several processes each gets its own part of every batch.
-
-    Args:
-        split: the images; batches lie on the device where they lie.
-        batch_size: images in a batch; the last may have fewer.
-        mean, std: of the training pixels scaled to [0, 1], of each channel or of all; subtracted
-            and divided by.
-        augment: applied to each batch, scaled to [0, 1], before it is normalised.
-        shuffle: draw another order for each pass.
-        seed: of order and augmentation.
-        num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
-        world: the processes that share every batch.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        mean: Sequence[float] | float,
-        std: Sequence[float] | float,
-        *,
-        augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
-        shuffle: bool = False,
-        seed: int = 42,
-        num_workers: int = 0,
-        world: World = SINGLE_PROCESS,
-    ) -> None:
-        self.split = split
-        self.batch_size = batch_size
-        self.mean, self.std = mean, std
-        device = split.images.device
-        self._mean, self._std = per_channel(mean, device), per_channel(std, device)
-        self.augment = augment
-        self.shuffle = shuffle
-        self.seed = seed
-        self.num_workers = num_workers
-        self.world = world
-        # Passes begun, and batches that the next one leaves out: set to go on where a loader was.
-        self.epoch, self.skip = 0, 0
+    split: Split  # batches lie on the device where it lies
+    batch_size: int  # the last batch may have fewer images
+    mean: Sequence[float] | float  # of the training pixels scaled to [0, 1], by channel or of all
+    std: Sequence[float] | float
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None  # of pixels in [0, 1]
+    shuffle: bool = False  # draw another order for each pass
+    seed: int = 42
+    num_workers: int = 0  # threads that prepare batches ahead
+    world: World = SINGLE_PROCESS
+    epoch: int = 0  # passes begun, and batches that the next one leaves out: set both to continue
+    skip: int = 0  # where another loader was
+
+    def __post_init__(self) -> None:
+        device = self.split.images.device
+        self._mean, self._std = per_channel(self.mean, device), per_channel(self.std, device)
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -166,22 +147,13 @@ def make_loaders(
         world: the processes that share the training batches; see `evaluate` for the others.
     """
 
-    def loader(split: Split, size: int, **kwargs) -> BatchLoader:
-        return BatchLoader(split.to(device), size, dataset.mean, dataset.std, **kwargs)
+    def loader(split: Split, size: int, **how) -> BatchLoader:
+        return BatchLoader(split.to(device), size, dataset.mean, dataset.std, **how)
 
-    return (
-        loader(
-            dataset.train[: train_samples or len(dataset.train)],
-            batch_size,
-            augment=augment,
-            shuffle=True,
-            seed=seed,
-            num_workers=num_workers,
-            world=world,
-        ),
-        loader(dataset.val, 500),  # no gradient is kept: the batch needn't be the training's
-        loader(dataset.test, 500),
-    )
+    order = {"shuffle": True, "seed": seed, "num_workers": num_workers, "world": world}
+    train = loader(dataset.train[:train_samples], batch_size, augment=augment, **order)
+    # No gradient is kept of these: their batches needn't be the training's.
+    return train, loader(dataset.val, 500), loader(dataset.test, 500)
 
 
 def get_mnist_loaders(
@@ -208,9 +180,7 @@ def class_weights(labels: Tensor, num_classes: int) -> Tensor:
 def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
     """Percentage of samples whose target is among the k highest logits, for each k of `topk`.
 
-    Args:
-        output: logits (B, num_classes).
-        target: classes (B,).
+    Shape: logits (B, num_classes), classes (B,).
     """
     hits = _top_hits(output, target, max(topk))
     return [100.0 * hits[:, :k].any(dim=1).float().mean().item() for k in topk]

@@ -63,12 +63,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), section 4.2.
 
-    Args:
-        logits: (n, K).
-        labels: (n,).
-
-    Returns:
-        T in [1 / MAX_TEMPERATURE, MAX_TEMPERATURE]. No T changes which class is predicted.
+    Shape: (n, K), (n,) -> T in [1 / MAX_TEMPERATURE, MAX_TEMPERATURE].
     """
     n, num_classes = logits.shape
     logits, drawn = logits.double(), 1 / (n + 2)

@@ -155,11 +155,7 @@ class Outputs:
 
 @torch.no_grad()
 def outputs(model: ViT, loader: BatchLoader, temperature: float = 1.0) -> Outputs:
-    """Run a model on all images of a loader, on the loader's device, in fp32 and without dropout.
-
-    Args:
-        temperature: as `confidence.fit` finds it.
-    """
+    """Run a model on all images of a loader, on its device, in fp32 and without dropout."""
     parts = []
     bar = tqdm(loader, desc="test images", unit="batch", leave=False, disable=None)
     with _evaluation_mode(model):
@@ -208,11 +204,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> 
 
 
 def accuracy_interval(correct: int, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of an accuracy, both ends in [0, 1] (Wilson, 1927).
-
-    Args:
-        correct: images classified correctly, of `count` > 0.
-    """
+    """The 95 % confidence interval of an accuracy, both ends in [0, 1] (Wilson, 1927)."""
     from scipy.stats import binomtest  # here, because the import takes seconds
 
     return tuple(binomtest(correct, count).proportion_ci(0.95, method="wilson"))

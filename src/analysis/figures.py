@@ -101,14 +101,8 @@ def training_curves(history: dict[str, Any]) -> Figure:
 
 
 def best_row(history: dict[str, Any]) -> dict[str, Any]:
-    """The row of the epoch whose model is the run's best one.
-
-    This is the last row that is marked as the best so far. Older histories have no such marks;
-    there it is the row of the highest validation accuracy.
-    """
-    rows = history["epochs"]
-    marked = [row for row in rows if row.get("is_best")]
-    return marked[-1] if marked else max(rows, key=lambda row: row["val_acc"])
+    """The row of the epoch whose model is the run's best: the last that is marked as such."""
+    return [row for row in history["epochs"] if row["is_best"]][-1]
 
 
 def lr_schedules(panels: Sequence[dict[str, Any]]) -> Figure:

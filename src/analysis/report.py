@@ -103,7 +103,8 @@ def write_report(
     outputs: Outputs,
     pictures: dict[str, bytes],
 ) -> list[str]:
-    """Write the report to `path` (.html) and, beside it, as Markdown with its pictures.
+    """Write the report to `path` (.html) and, beside it, as Markdown with its pictures. Raises
+    UserError if a file can't be written.
 
     Args:
         checkpoint_path: where the checkpoint stands; history.json and timings beside it are used.
@@ -113,9 +114,6 @@ def write_report(
 
     Returns:
         Notes, a line each: what was left out of the report, and why.
-
-    Raises:
-        UserError: a file can't be written.
     """
     history, timings, notes = read_run_files(Path(checkpoint_path).parent, checkpoint)
     if history:

@@ -11,6 +11,7 @@ from typing import Any
 
 from analysis.figures import label, one_line
 from common.errors import UserError
+from common.files import read_bytes
 
 MAX_BYTES = 20_000_000  # of a history; an epoch takes about 500
 EPOCH_NUMBERS = ("epoch", "train_loss", "train_acc", "grad_norm")
@@ -53,15 +54,12 @@ def read_run_files(
     if cpu != gpu or timings[0].get("fingerprint") != checkpoint.get("fingerprint"):
         notes.append("times on CPU and GPU are left out: not both are of this run's settings")
         return history, [], notes
-    return history, [_with_top5(timing, history) for timing in timings], notes
+    return history, timings, notes
 
 
 def read_history(path: Path) -> dict[str, Any]:
-    """A run's `history.json`, as far as the report uses it, with every number checked.
-
-    Raises:
-        UserError: it is damaged, or has another form.
-        FileNotFoundError: there is none.
+    """A run's `history.json`, as far as the report uses it, with every number checked. Raises
+    UserError if it is damaged, or has another form, FileNotFoundError if there is none.
     """
     try:
         data = json.loads(_read(path))
@@ -74,8 +72,10 @@ def read_history(path: Path) -> dict[str, Any]:
             }
             for row in data["epochs"]
         ]
-        if not rows or any(row["lr"].keys() != rows[0]["lr"].keys() for row in rows):
-            raise ValueError("no epochs, or not the same learning rates in all of them")
+        if not any(row["is_best"] for row in rows):
+            raise ValueError("no epoch is the best one")
+        if any(row["lr"].keys() != rows[0]["lr"].keys() for row in rows):
+            raise ValueError("not the same learning rates in all epochs")
         test = data["test"]
         if test is not None:
             test = {name: _number(test[name]) for name in ("loss", "top1", "top5")}
@@ -94,11 +94,8 @@ def read_history(path: Path) -> dict[str, Any]:
 
 
 def read_timing(path: Path) -> dict[str, Any]:
-    """A run's `timing_<device type>.txt`, lines of `key: value`; times in seconds.
-
-    Raises:
-        UserError: it is damaged, or has another form.
-        FileNotFoundError: there is none.
+    """A run's `timing_<device type>.txt`, lines of `key: value`; times in seconds. Raises UserError
+    if it is damaged, or has another form, FileNotFoundError if there is none.
     """
     try:
         pairs = (line.partition(":") for line in _read(path).splitlines()[:100])
@@ -115,13 +112,7 @@ def read_timing(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> str:
     if not path.exists():
         raise FileNotFoundError(path)
-    try:
-        if not path.is_file():  # reading a device may never end
-            raise OSError(None, "it is a folder or a device")
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    content = read_bytes(path, MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UserError(f"{path} is too large: over {MAX_BYTES // 1_000_000} MB")
     return content.decode()
@@ -144,12 +135,3 @@ def _same_run(history: dict[str, Any], checkpoint: dict[str, Any]) -> bool:
     found = any(abs(row["val_acc"] - checkpoint["best_acc"]) < 0.01 for row in history["epochs"])
     same = history["fingerprint"] == checkpoint.get("fingerprint")
     return found and same and history["dataset"] == checkpoint["dataset"]
-
-
-def _with_top5(timing: dict[str, Any], history: dict[str, Any] | None) -> dict[str, Any]:
-    """The timing; an older one, without a top-5 accuracy, with that of its own run's history."""
-    test = history and history["test"]
-    own = test and history["device"] == timing.get("device")
-    if own and abs(test["top1"] - timing["test_acc"]) < 0.01:
-        return {"test_top5": test["top5"], **timing}
-    return timing

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from common import startup
 from common.errors import PeerLostError, Stopped, UserError, is_out_of_memory
@@ -25,7 +24,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        args = [_with_underscores(arg) for arg in (sys.argv[1:] if args is None else args)]
+        args = sys.argv[1:] if args is None else args
+        # --batch-size=64 -> --batch_size=64; values are left as they are.
+        args = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
         for arg in args:
             if re.fullmatch(r"--\w+=--", arg):  # which argparse takes for no value at all
                 raise UserError(f"{arg[:-3]} needs a value, -- given: see --help")
@@ -38,23 +39,12 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             raise UserError(f"unknown argument {unknown[0]}: {hint}")
-        self._given = {name: v for name, v in vars(parsed).items() if v is not absent}
-        return argparse.Namespace(**{**defaults, **self._given})
-
-    def given(self) -> dict[str, Any]:
-        """The arguments that the command line just parsed names."""
-        return self._given
+        # What the command line names.
+        self.given = {name: v for name, v in vars(parsed).items() if v is not absent}
+        return argparse.Namespace(**{**defaults, **self.given})
 
     def error(self, message: str) -> None:
         raise UserError(message.removeprefix("argument "))
-
-
-def _with_underscores(arg: str) -> str:
-    """`--batch-size=64` -> `--batch_size=64`; values are left as they are."""
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def integer(minimum: int, maximum: int = 2**31) -> Callable[[str], int]:
@@ -90,21 +80,6 @@ def number(minimum: float, maximum: float = math.inf, *, above: bool = False) ->
         return value
 
     return parse
-
-
-def add_data_dir(group: argparse._ArgumentGroup) -> None:
-    """The flag `--data_dir`."""
-    group.add_argument(
-        "--data_dir", help="folder with the data set; None: ./mnist for mnist, else ./datasets"
-    )
-
-
-DEVICE_HELP = "auto (CUDA, else CPU), cpu, cuda or cuda:N"
-
-
-def add_device(group: argparse._ArgumentGroup) -> None:
-    """The flag `--device`; `common.device.choose_device` reads it."""
-    group.add_argument("--device", default="auto", help=DEVICE_HELP)
 
 
 def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> None:

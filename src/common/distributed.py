@@ -27,18 +27,12 @@ class World:
     """The processes of a run.
 
     Every method is a meeting: all processes must call it, in the same order.
-
-    Attributes:
-        rank: this process's number, from 0.
-        size: how many there are.
-        local_rank: its number on its machine, from 0.
-        local_size: how many there are on its machine.
     """
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    rank: int = 0  # this process's number
+    size: int = 1  # how many there are
+    local_rank: int = 0  # its number on its machine
+    local_size: int = 1  # how many there are on its machine
 
     @property
     def leads(self) -> bool:
@@ -111,10 +105,8 @@ class StopBroadcast:
 
 
 def find_world() -> World:
-    """This process's place, from the variables that torchrun sets.
-
-    Raises:
-        UserError: they make no sense.
+    """This process's place, from the variables that torchrun sets. Raises UserError if they make no
+    sense.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = {name: os.environ.get(name, "") for name in names}
@@ -136,9 +128,8 @@ def find_world() -> World:
 
 def device_of(world: World, device: torch.device) -> torch.device:
     """The process's own device: the GPU of its number, where `device` is CUDA and names none.
-
-    Raises:
-        UserError: there are more processes than GPUs, or one GPU is named for several processes.
+    Raises UserError if there are more processes than GPUs, or one GPU is named for several
+    processes.
     """
     if world.size == 1 or device.type != "cuda":
         return device
@@ -157,10 +148,8 @@ def device_of(world: World, device: torch.device) -> torch.device:
 
 @contextmanager
 def joined(world: World, device: torch.device) -> Iterator[None]:
-    """Connect the processes for as long as the block lasts; only the first prints.
-
-    Raises:
-        PeerLostError: another process ended, or couldn't be reached.
+    """Connect the processes for as long as the block lasts; only the first prints. Raises
+    PeerLostError if another process ended, or couldn't be reached.
     """
     if world.size == 1:
         yield

@@ -10,15 +10,11 @@ class PeerLostError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 not an error: all is saved
-    """A signal has ended the work in good order: what was kept, and how to go on.
-
-    Args:
-        signal_number: of the signal; the exit status is 128 more, as shells have it.
-    """
+    """A signal has ended the work in good order: what was kept, and how to go on."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
-        self.status = 128 + signal_number
+        self.status = 128 + signal_number  # the exit status, as shells have it
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -22,10 +22,8 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
     """Yield a temporary path beside `path`; once the block has written to it, rename it to `path`.
 
     The new file is on the disk before it is renamed, and the old one is renamed to `keep` if that
-    is given. So there is a complete file, new or old, at any time.
-
-    Raises:
-        UserError: the folder or the file can't be written. The old file is still there.
+    is given. So there is a complete file, new or old, at any time. Raises UserError if the folder
+    or the file can't be written. The old file is still there.
     """
     path = Path(path).resolve()  # a symbolic link is kept, the file that it points to replaced
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{_TEMPORARY}{path.suffix}")
@@ -37,7 +35,10 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
         if keep is not None and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with suppress(OSError):  # the new name is on the disk, where a folder can be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:
@@ -56,6 +57,17 @@ def write_json(path: str | Path, data: Any, keep: str | Path | None = None) -> N
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n", keep)
 
 
+def read_bytes(path: Path, limit: int = -1) -> bytes:
+    """At most `limit` bytes of a file. Raises UserError if it can't be read, or may never end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(None, "it is a folder or a device")
+        with open(path, "rb") as file:
+            return file.read(limit)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
 def check_writable(path: str | Path) -> None:
     """Raise UserError at once if `path` can't be written, rather than after an hour of training."""
     path = Path(path).resolve()
@@ -67,25 +79,13 @@ def check_writable(path: str | Path) -> None:
         raise _cannot_write(path, error) from None
 
 
-def _sync_folder(folder: Path) -> None:
-    """Have the folder's new names on the disk, on systems where a folder can be opened."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
     """Keep other processes from using `folder` until the block, or this process, has ended.
 
     Half-written files of killed processes are removed from it. A file system without locks gives no
-    protection; a note on stderr says so.
-
-    Raises:
-        UserError: another process uses the folder, or it can't be written.
+    protection; a note on stderr says so. Raises UserError if another process uses the folder, or it
+    can't be written.
     """
     path = Path(folder).resolve() / ".lock"
     pid_path = path.with_name(".lock.pid")  # filelock does not tell which process has the lock

@@ -17,8 +17,8 @@ TODO_HEADER = [
 
 def reset_todo_md(
     epochs: int,
-    todo_path: str | Path = "./TODO.md",
-    dataset: str | None = None,
+    todo_path: str | Path,
+    dataset: str,
     history: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Give TODO.md's progress table a row for each epoch of a run; other text stays.
@@ -27,7 +27,6 @@ def reset_todo_md(
         history: rows of history.json, of the epochs that are done; the others are not started.
     """
     before, _, after, newline = _split_todo(todo_path)
-    caption = f"Data set: {dataset}"
     if len(before) > 1 and before[-2].startswith("Data set: ") and not before[-1]:
         before = before[:-2]
     rows = [
@@ -35,7 +34,7 @@ def reset_todo_md(
         for n, row in enumerate(history, 1)
     ]
     rows += [f"| {n} | not started | | | | |" for n in range(len(rows) + 1, epochs + 1)]
-    before += [caption, ""] if dataset else []
+    before += [f"Data set: {dataset}", ""]
     write_text(todo_path, newline.join([*before, *TODO_HEADER, *rows, *after]))
 
 

@@ -12,18 +12,12 @@ from typing import Any
 class StopSignals:
     """Within the block, SIGINT, SIGTERM and SIGHUP (a closed terminal) only ask to stop.
 
-    A second SIGINT raises KeyboardInterrupt.
-
-    Attributes:
-        received: the number of the first signal; 0 if there was none.
-
-    Args:
-        repeats_within: seconds in which a further SIGINT is taken for the first: the terminal sends
-            it to all processes, and launchers pass it on to them once more.
+    A second SIGINT raises KeyboardInterrupt, but not within `repeats_within` seconds: a terminal
+    sends it to all processes, and launchers pass it on to them once more.
     """
 
     def __init__(self, repeats_within: float = 0.0) -> None:
-        self.received = 0
+        self.received = 0  # the number of the first signal
         self._repeats_within = repeats_within
         self._time = -math.inf
         self._previous: dict[int, Any] = {}
@@ -51,15 +45,8 @@ class StopSignals:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C to the end of the block, so that files which belong together agree."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread receives signals
-        return
-    interrupts = []
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
-    try:
+    """Delay signals to the end of the block, so that files which belong together agree."""
+    with StopSignals(repeats_within=math.inf) as signals:
         yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if interrupts:
-        signal.raise_signal(signal.SIGINT)  # now for the handler of before
+    if signals.received:
+        signal.raise_signal(signals.received)  # the handler from before the block is back

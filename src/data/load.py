@@ -22,18 +22,24 @@ READERS: dict[str, Callable[[str | Path | None], Dataset]] = {
 def load_dataset(
     name: str, data_dir: str | Path | None = None, folder: Mapping[str, Any] | None = None
 ) -> Dataset:
-    """Load a data set by its name for --dataset.
+    """Load a data set by its name for --dataset. Raises DataMissingError if a file of it is neither
+    in `data_dir` nor can be downloaded, UserError if one is damaged or there is no such data set.
 
     Args:
+        name: "auto" is MNIST or, with a warning where it is not to be had, the digits.
         data_dir: where its files are, or are put; None: where the table of named sets says.
         folder: of the data set "folder", arguments of `load_folder`.
-
-    Raises:
-        DataMissingError: a file is not in `data_dir` and can't be downloaded.
-        UserError: a file of it is damaged, or there is no such data set.
     """
     if name == "folder":
         return load_folder(data_dir, **(folder or {}))
+    if name == "auto":
+        try:
+            return load_dataset("mnist", data_dir)
+        except DataMissingError as error:
+            rule = "!" * 80
+            warning = "WARNING: training on scikit-learn's 8x8 digits, NOT on MNIST"
+            print(f"{rule}\n{warning}\n{error}\n{rule}", file=sys.stderr)
+            return load_dataset("digits")
     if name not in NAMED_SETS:
         known = ", ".join([*NAMED_SETS, "folder"])
         raise UserError(f"data set {name!r} is not known: expected {known}")
@@ -43,30 +49,10 @@ def load_dataset(
 def load_on_all_processes(
     name: str, data_dir: str | Path | None, folder: Mapping[str, Any], world: World
 ) -> Dataset:
-    """A data set by name, the same in all processes; one on each machine downloads it.
-
-    Args:
-        name: "auto" is MNIST or, with a warning where it is not to be had, the digits.
-        data_dir, folder: as `load_dataset`.
-
-    Raises:
-        DataMissingError, UserError: as `load_dataset`.
-    """
-    dataset = _mnist_or_digits(name, data_dir, folder) if world.leads else None
+    """`load_dataset`, the same in all processes; one on each machine downloads it."""
+    dataset = load_dataset(name, data_dir, folder) if world.leads else None
     name = world.share(dataset and dataset.source)
     if world.rank and world.local_rank == 0:
         dataset = load_dataset(name, data_dir, folder)
     world.gather(None)  # by now it is on every machine
     return dataset or load_dataset(name, data_dir, folder)
-
-
-def _mnist_or_digits(name: str, data_dir: str | Path, folder: Mapping[str, Any]) -> Dataset:
-    if name != "auto":
-        return load_dataset(name, data_dir, folder)
-    try:
-        return load_dataset("mnist", data_dir)
-    except DataMissingError as error:
-        rule = "!" * 80
-        warning = "WARNING: training on scikit-learn's 8x8 digits, NOT on MNIST"
-        print(f"{rule}\n{warning}\n{error}\n{rule}", file=sys.stderr)
-        return load_dataset("digits")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
+from common.files import read_bytes
 from data.catalog import DIGITS
 from data.dataset import DataMissingError, Dataset, Split, divide
 
@@ -89,17 +90,10 @@ def _read_idx(raw: Path, name: str) -> np.ndarray:
     expected = MNIST_FILES[name]
     plain, packed = _variants(raw, name)
     path, md5 = (plain, expected.md5) if os.path.exists(plain) else (packed, expected.packed_md5)
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OSError(None, "it is a folder or a device")
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            content = file.read(MAX_IDX_BYTES)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    content = read_bytes(path, MAX_IDX_BYTES)
     if (found := hashlib.md5(content).hexdigest()) != md5:
         raise UserError(
-            f"{path} is damaged: {size} bytes with MD5 {found}, expected MD5 {md5}; "
+            f"{path} is damaged: {len(content)} bytes with MD5 {found}, expected MD5 {md5}; "
             "delete it to have it downloaded again, or put a good copy there"
         )
     content = gzip.decompress(content) if path == packed else content

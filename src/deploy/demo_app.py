@@ -71,11 +71,10 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
     async def read(request: Request) -> Response:
         refuse_other_sites(request)
         picture = io.BytesIO(await receive(request))
-        subject = "drawing" if "drawing" in request.query_params else "picture"
+        what = "drawing" if "drawing" in request.query_params else "picture"
 
         def work() -> dict[str, Any]:
-            reading = read_digits(picture, "that you sent", subject=subject)
-            return answer(model, checkpoint, reading)
+            return answer(model, checkpoint, read_digits(picture, f"{what} that you sent"))
 
         try:
             return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, work))

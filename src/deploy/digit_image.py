@@ -57,32 +57,20 @@ class Reading:
 
 
 def read_digits(
-    source: str | Path | BinaryIO,
-    name: str | None = None,
-    *,
-    single: bool = False,
-    subject: str = "image",
+    source: str | Path | BinaryIO, what: str = "image", *, single: bool = False
 ) -> Reading:
     """Find the digits in a picture and bring each to MNIST's form: light on black.
 
     Digits may be dark on light or light on dark, in colour, on paper with shadows, grain and
     printed lines, in several lines. Marks that are much lower than the digits (minus, colon, comma)
-    are left out; a mark that is as high is taken for a digit.
+    are left out; a mark that is as high is taken for a digit. Raises UserError if there is no such
+    file, Pillow can't read it, it is too large, shows nothing or more than MAX_DIGITS.
 
     Args:
         source: a path, or a file open in binary mode.
-        name: of the picture in messages; None is its path, or the file's own name.
+        what: what messages call the picture.
         single: the picture is known to hold one digit, and all its ink is that digit's.
-        subject: what messages call the picture.
-
-    Raises:
-        UserError: there is no such file, Pillow can't read it, it is too large, shows nothing or
-            more than MAX_DIGITS.
     """
-    if name is None:
-        is_path = isinstance(source, str | Path)
-        name = str(source) if is_path else str(getattr(source, "name", "given"))
-    what = f"{subject} {name}"
     picture, size = _read_picture(source, what)
     ink, pieces, photo = _connect(without_lines(_ink(picture)), what)
     labels = _label_digits(ink, pieces, photo, single)
@@ -97,11 +85,6 @@ def read_digits(
         box = np.rint(scale * (columns.start, rows.start, columns.stop, rows.stop)).astype(int)
         digits.append(Digit(_centre(_fit(_thicken(strokes))), tuple(box.tolist())))
     return Reading(tuple(digits), size)
-
-
-def read_digit(source: str | Path | BinaryIO, name: str | None = None) -> np.ndarray:
-    """The digit of a picture that is known to hold one, uint8 (28, 28); see `read_digits`."""
-    return read_digits(source, name, single=True).digits[0].pixels
 
 
 # ------------------------------------------------------------------------------------ the picture
@@ -256,11 +239,7 @@ def _grain(ink: np.ndarray) -> float:
 
 
 def _label_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool) -> np.ndarray:
-    """The digits as labels (H, W), numbered in reading order.
-
-    Args:
-        pieces: the connected pieces as labels (H, W).
-    """
+    """The digits as labels (H, W), numbered in reading order, of the connected `pieces` (H, W)."""
     if not single:
         pieces = _separate(ink, pieces)
     numbers = np.arange(1, pieces.max() + 1)

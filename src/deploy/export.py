@@ -236,7 +236,6 @@ def export(
 
     Args:
         model: on the CPU, in evaluation mode.
-        checkpoint: what `load_checkpoint` gave with the model.
         mode: "onnx" or "torch_export".
         precision: "fp32", or of ONNX "fp16" and "int8".
         raw_input: put normalisation, temperature and softmax into the file.
@@ -265,16 +264,11 @@ def export(
 
 def compare(exported: Exported, precision: str, name: str, val: Split | None) -> str:
     """Compare the file `name` with PyTorch: size, latency, and accuracy on validation images.
+    Raises UserError if an output differs from PyTorch's by more than `TOLERANCE`, or the validation
+    accuracy is lower by more than `MAX_LOSS`.
 
     Args:
         val: not the test images, since they decide whether the file is written.
-
-    Returns:
-        A table for people.
-
-    Raises:
-        UserError: an output differs from PyTorch's by more than `TOLERANCE`, or the validation
-            accuracy is lower by more than `MAX_LOSS`.
     """
     without = "" if precision == "fp32" else "; export it without --half and --quantize"
     advice = f"not written{without}"

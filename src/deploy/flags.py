@@ -7,6 +7,7 @@ from typing import NamedTuple
 from common import cli
 from common.errors import UserError
 from deploy.answers import FORMATS
+from recipes import add_flags
 
 
 class Mode(NamedTuple):
@@ -46,76 +47,38 @@ MAX_INDICES = 12  # a picture of more images is too tall to read
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The flag `--checkpoint`; `saving.checkpoint.find_checkpoint` reads it."""
-    parser.add_argument(
-        "--checkpoint",
-        help="trained model; None: ./checkpoints/best_model.pt if it is there, else the pretrained "
-        "one of this repository",
-    )
+    own = "./checkpoints/best_model.pt if it is there, else the pretrained one of this repository"
+    parser.add_argument("--checkpoint", help=f"trained model; None: {own}")
 
 
 def parse_args() -> argparse.Namespace:
     """The flags of inference.py; `output` is a Path."""
-    parser = cli.Parser(
-        description="Use a trained model: picture its predictions, score it, export it, read your "
-        "own digits."
-    )
-    parser.add_argument(
-        "--mode",
-        default="visualize",
-        choices=list(MODES),
-        help="; ".join(f"{name}: {mode.help}" for name, mode in MODES.items()),
-    )
+    parser = cli.Parser(description="Use a trained model: pictures, scores, exports, your digits.")
+    add = parser.add_argument
+    modes = "; ".join(f"{name}: {mode.help}" for name, mode in MODES.items())
+    add("--mode", default="visualize", choices=list(MODES), help=modes)
     add_checkpoint(parser)
-    parser.add_argument(
-        "--image",
-        nargs="+",
-        action="extend",
-        metavar="FILE",
-        help="for predict: image files, folders (the images right in them), - for stdin",
-    )
-    parser.add_argument(
-        "--single",
-        action="store_true",
-        help="for predict: each image is known to hold one digit; its strokes may lie apart",
-    )
-    parser.add_argument(
-        "--format",
-        default="text",
-        choices=list(FORMATS),
-        help="of predict on stdout; with json and csv nothing else is printed there",
-    )
+    images = "for predict: image files, folders (the images right in them), - for stdin"
+    add("--image", nargs="+", action="extend", metavar="FILE", help=images)
+    single = "for predict: each image is known to hold one digit; its strokes may lie apart"
+    add("--single", action="store_true", help=single)
+    form = "of predict on stdout; with json and csv nothing else is printed there"
+    add("--format", default="text", choices=list(FORMATS), help=form)
     files = ", ".join(f"{name}: {mode.output}" for name, mode in MODES.items())
-    parser.add_argument(
-        "--output", default=argparse.SUPPRESS, help=f"file that is written (default: {files})"
-    )
-    parser.add_argument(
-        "--seed", type=cli.integer(0), help="for pictures: draws the same images again"
-    )
-    parser.add_argument(
-        "--index",
-        nargs="+",
-        type=cli.integer(0),
-        metavar="N",
-        help="for attention and report: these test images, counted from 0, not random ones",
-    )
-    cli.add_data_dir(parser)
-    cli.add_device(parser)
-    group = parser.add_argument_group("for onnx; --raw_input for torch_export, too")
-    group.add_argument(
-        "--quantize",
-        default="none",
-        choices=["none", "int8"],
-        help="int8: weights and the activations before them in 8 bits, ranges from training images",
-    )
-    group.add_argument("--half", action="store_true", help="weights and activations in fp16")
-    group.add_argument(
-        "--raw_input",
-        action="store_true",
-        help="uint8 pixels in, probabilities out: normalisation and softmax are in the file",
-    )
+    add("--output", default=argparse.SUPPRESS, help=f"file that is written (default: {files})")
+    add("--seed", type=cli.integer(0), help="for pictures: draws the same images again")
+    index = "for attention and report: these test images, counted from 0, not random ones"
+    add("--index", nargs="+", type=cli.integer(0), metavar="N", help=index)
+    add_flags(parser, ("data_dir", "device"))
+    add = parser.add_argument_group("for onnx; --raw_input for torch_export, too").add_argument
+    int8 = "int8: weights and the activations before them in 8 bits, ranges from training images"
+    add("--quantize", default="none", choices=["none", "int8"], help=int8)
+    add("--half", action="store_true", help="weights and activations in fp16")
+    raw = "uint8 pixels in, probabilities out: normalisation and softmax are in the file"
+    add("--raw_input", action="store_true", help=raw)
     args = parser.parse_args()
     _check_combination(args, parser)
-    args.output = Path(parser.given().get("output", MODES[args.mode].output))
+    args.output = Path(parser.given.get("output", MODES[args.mode].output))
     if args.mode == "report" and args.output.suffix.lower() != ".html":
         raise UserError(f"--output {args.output}: a report's name ends in .html")
     return args
@@ -124,7 +87,7 @@ def parse_args() -> argparse.Namespace:
 def _check_combination(args: argparse.Namespace, parser: cli.Parser) -> None:
     """Raise UserError where a flag does not go with the mode or with another flag."""
     for flag, (modes, effect) in FLAGS_OF_MODES.items():
-        if args.mode not in modes and flag in parser.given():
+        if args.mode not in modes and flag in parser.given:
             raise UserError(
                 f"--mode {args.mode} given, but --{flag} {effect}, which is for --mode "
                 f"{' or '.join(modes)}: leave it out"
@@ -139,18 +102,11 @@ def _check_combination(args: argparse.Namespace, parser: cli.Parser) -> None:
 
 def parse_demo_args() -> argparse.Namespace:
     """The flags of demo.py."""
-    parser = cli.Parser(
-        description="A web page to draw a digit on: what the network reads, what it received, "
-        "where it looked."
-    )
+    parser = cli.Parser(description="A web page that reads the digits you draw on it.")
     add_checkpoint(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to serve on: 127.0.0.1 for this computer alone, 0.0.0.0 for its networks",
-    )
-    parser.add_argument(
-        "--port", type=cli.integer(0, 65535), default=7860, help="port to serve on; 0: any free one"
-    )
-    cli.add_device(parser)
+    host = "address to serve on: 127.0.0.1 for this computer alone, 0.0.0.0 for its networks"
+    parser.add_argument("--host", default="127.0.0.1", help=host)
+    port = "port to serve on; 0: any free one"
+    parser.add_argument("--port", type=cli.integer(0, 65535), default=7860, help=port)
+    add_flags(parser, ("device",))
     return parser.parse_args()

@@ -58,10 +58,8 @@ def check_image_shape(checkpoint: dict[str, Any], path: str | Path, advice: str 
 
 
 def list_images(names: list[str]) -> list[str]:
-    """The names, with each folder replaced by the pictures directly in it, sorted by name.
-
-    Raises:
-        UserError: a folder can't be read or holds no picture, or "-" is named twice.
+    """The names, with each folder replaced by the pictures directly in it, sorted by name. Raises
+    UserError if a folder can't be read or holds no picture, or "-" is named twice.
     """
     if names.count(STDIN) > 1:
         raise UserError(f"--image {STDIN} given {names.count(STDIN)} times: stdin is one image")
@@ -98,8 +96,8 @@ def read_images(names: list[str], single: bool = False) -> list[Reading | UserEr
     results = []
     for name in tqdm(names, desc="reading", unit="image", leave=False, disable=None):
         try:
-            source, shown = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
-            results.append(read_digits(source, shown, single=single))
+            source, what = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
+            results.append(read_digits(source, f"image {what}", single=single))
         except UserError as error:
             results.append(error)
     return results

@@ -8,14 +8,12 @@ from common.errors import UserError
 
 class WeightAverage:
     """An average of a model's weights over the run; the model itself where none is asked for.
+    Raises UserError if both are asked for.
 
     Args:
         ema_decay: average = decay * average + (1 - decay) * weights after every batch; 0: none.
         swa_start: the mean of the weights at the ends of the epochs from this one on, counted from
             1 (Izmailov et al., UAI 2018, https://arxiv.org/abs/1803.05407).
-
-    Raises:
-        UserError: both are asked for.
     """
 
     def __init__(

@@ -95,10 +95,8 @@ OPERATORS = {
 
 
 def _evaluate(node: ast.expr, names: Mapping[str, float] = CONSTANTS) -> float:
-    """The value of an arithmetic expression with these `names`.
-
-    Raises:
-        UserError: it is anything else, or its value is not a finite real number.
+    """The value of an arithmetic expression with these `names`. Raises UserError if it is anything
+    else, or its value is not a finite real number.
     """
 
     def value(node: ast.expr) -> float:
@@ -205,11 +203,9 @@ def parse_call(text: str, classes: Classes) -> Call:
     """`Name` or `Name(argument, name=value, ...)` as a `Call` of one of the `classes`.
 
     Upper and lower case are the same, a name may go without its LR, and SHORT_NAMES are understood.
-    Of two classes with the same name, the first that has all the arguments is taken.
-
-    Raises:
-        UserError: the text is not such a call, its name is not known (the message begins with the
-            nearest ones), or an argument is not in the signature or of another type.
+    Of two classes with the same name, the first that has all the arguments is taken. Raises
+    UserError if the text is not such a call, its name is not known (the message begins with the
+    nearest ones), or an argument is not in the signature or of another type.
     """
     try:
         return _read_call(_parse(text), classes)
@@ -300,10 +296,8 @@ def describe_signature(cls: type, filled: Collection[str] = ()) -> str:
 def _validated(value: Any, parameter: inspect.Parameter, cls: type) -> Any:
     """`value` as the parameter takes it: an `Expression` where a function is expected.
 
-    PyTorch's classes check few types: a milestone 'a' would silently never be reached.
-
-    Raises:
-        UserError: the value is of another type.
+    PyTorch's classes check few types: a milestone 'a' would silently never be reached. Raises
+    UserError if the value is of another type.
     """
     kind = parameter.annotation
     if kind is parameter.empty:

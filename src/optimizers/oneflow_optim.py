@@ -19,10 +19,7 @@ class LAMB(GroupwiseStep, Optimizer):
         p = p - lr * ratio * u,  ratio = ||p|| / ||u||, or 1 where either norm is 0
 
     `do_bias_correction` divides v by 1 - b1^t and s by 1 - b2^t in u. Weight decay is added to u
-    with `adam_w_mode`, to g without.
-
-    Raises:
-        ValueError: an argument outside its range.
+    with `adam_w_mode`, to g without. Raises ValueError if an argument is outside its range.
     """
 
     layerwise = True  # whether a tensor's step is scaled by `ratio`

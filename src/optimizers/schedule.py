@@ -64,7 +64,8 @@ def build_scheduler(
     swa_anneal_strategy: str = "cos",
 ) -> "Schedule":
     """The schedule that `text` calls for, on the groups of `optimizer`, tried out for the whole
-    run.
+    run. Raises UserError if `text` is not a call of a known schedule, or it does not fit the run or
+    the optimizer.
 
     Args:
         interval: "epoch" or "step", how often the schedule moves; None: "step" with CyclicLR and
@@ -75,10 +76,6 @@ def build_scheduler(
             if there is an `swa_lr`.
         swa_lr: where SWALR takes the rate of the first group; a group that starts with k times the
             first group's rate goes to k times `swa_lr`.
-
-    Raises:
-        UserError: `text` is not a call of a known schedule, or it does not fit the run or the
-            optimizer.
     """
     call = parse_call(text, SCHEDULERS)
     if interval is None:
@@ -255,9 +252,7 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position and set the rates there; the optimizer's state is loaded apart.
-
-        Raises:
-            UserError: the position is not in this run.
+        Raises UserError if the position is not in this run.
         """
         losses, batch = state["val_losses"], state["batch"]
         if len(losses) > self.epochs or not 0 <= batch <= self.steps_per_epoch:

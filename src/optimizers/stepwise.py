@@ -1,14 +1,13 @@
 """What the optimizers of this project share: the frame of a step."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
 class GroupwiseStep:
-    """Beside an `Optimizer`: a step that updates the parameters with a gradient, group by group."""
+    """Beside an `Optimizer`: a step that hands `_update` each group's parameters with gradients."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -21,6 +20,3 @@ class GroupwiseStep:
             if params:
                 self._update(params, [p.grad for p in params], group)
         return loss
-
-    def _update(self, params: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        raise NotImplementedError

@@ -27,7 +27,7 @@ import torchvision
 from torch import Tensor
 
 from common.errors import UserError, is_out_of_memory
-from common.files import atomic_write
+from common.files import atomic_write, read_bytes
 from data.catalog import DIGITS, PREPARATIONS
 from saving.archive import RefusedError, read_archive
 from vit_model import ViT
@@ -65,9 +65,7 @@ def versions() -> dict[str, str]:
 
 def find_checkpoint(given: str | Path | None = None) -> Path:
     """The checkpoint to use: the one `given`, else the current folder's, else the pretrained one.
-
-    Raises:
-        UserError: none is given, and neither of the others exists.
+    Raises UserError if none is given, and neither of the others exists.
     """
     if given is not None:
         return Path(given)
@@ -83,10 +81,8 @@ def find_checkpoint(given: str | Path | None = None) -> Path:
 def save_checkpoint(
     path: str | Path, checkpoint: dict[str, Any], keep: str | Path | None = None
 ) -> None:
-    """Write a checkpoint, whole or not at all; an older file is renamed to `keep` if given.
-
-    Raises:
-        UserError: it can't be written.
+    """Write a checkpoint, whole or not at all; an older file is renamed to `keep` if given. Raises
+    UserError if it can't be written.
     """
     buffer = io.BytesIO()  # on a full disk, PyTorch's own error hides the reason
     torch.save(checkpoint, buffer)
@@ -101,12 +97,10 @@ def save_checkpoint(
 
 def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
     """Read a checkpoint, ours or a published one, check all that is used of it, rebuild the model.
+    Raises UserError if there is no such file, it is damaged, no checkpoint, or another model's.
 
     Returns:
         The model on the CPU, in evaluation mode, and the checkpoint with every key of ours.
-
-    Raises:
-        UserError: there is no such file, it is damaged, no checkpoint, or another model's.
     """
     path = Path(path)
     checkpoint = {**PUBLISHED, **read_checkpoint(path)}
@@ -117,7 +111,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         checkpoint |= _validated_description(checkpoint, config)
         model = _rebuild(state, config)
     except Exception as error:  # whatever a value of a wrong kind brings up
-        raise _refusal(path, error) from None
+        raise refusal(path, error) from None
     return model, {**checkpoint, "model_config": config}
 
 
@@ -125,20 +119,18 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as it is: of its values only `format` is checked.
-
-    Raises:
-        UserError: there is no such file, it is damaged, no checkpoint, or of a later format.
+    """Read a checkpoint as it is: of its values only `format` is checked. Raises UserError if there
+    is no such file, it is damaged, no checkpoint, or of a later format.
     """
     content = _read_whole(path)
     try:
         checkpoint = read_archive(content)
     except RefusedError as error:
-        raise _refusal(path, error, f"it is refused, since {error}") from None
+        raise refusal(path, error, f"it is refused, since {error}") from None
     except Exception as error:  # zipfile and PyTorch raise many kinds
-        raise _refusal(path, error, "it is damaged, cut off, or in another format") from None
+        raise refusal(path, error, "it is damaged, cut off, or in another format") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        raise _refusal(path, KeyError("model_state_dict"))
+        raise refusal(path, KeyError("model_state_dict"))
     written_as = checkpoint.get("format", 1)
     if type(written_as) is not int or not 1 <= written_as <= FORMAT:
         raise UserError(f"{path} is of a newer version of this project: update this one to use it")
@@ -148,16 +140,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _read_whole(path: Path) -> bytes:
     """The bytes of a file that is not empty, and whose checksum is right if it has one."""
     try:
-        may_not_end = path.exists() and not path.is_file() and not path.is_dir()
-        content = b"" if may_not_end else path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or error
+        content = read_bytes(path)
+    except UserError as error:
         hint = "train first, or name one with --checkpoint"
-        raise UserError(f"checkpoint {path} cannot be read: {reason}; {hint}") from None
+        raise UserError(f"checkpoint {error}; {hint}") from None
     except MemoryError as error:
-        raise _refusal(path, error) from None
+        raise refusal(path, error) from None
     if not content:
-        raise _refusal(path, ValueError("it is empty, or a device or a pipe"))
+        raise refusal(path, ValueError("it is empty"))
     prefix, digest = content[-64 - len(CHECKSUM) : -64], content[-64:]
     covered = memoryview(content)[: -2 - len(prefix) - len(digest)]
     if prefix == CHECKSUM and hashlib.sha256(covered).hexdigest().encode() != digest:
@@ -165,7 +155,9 @@ def _read_whole(path: Path) -> bytes:
     return content
 
 
-def _refusal(path: Path, error: Exception, reason: str = "") -> UserError:
+def refusal(
+    path: Path, error: Exception, reason: str = "", what: str = "a checkpoint of this ViT"
+) -> UserError:
     """One line that says why a file is not used: the `reason`, else what the `error` says."""
     if is_out_of_memory(error):
         size = f"{path.stat().st_size / 1e6:,.0f} MB"
@@ -175,7 +167,7 @@ def _refusal(path: Path, error: Exception, reason: str = "") -> UserError:
         )
     reason = reason or (f"it has no {error}" if isinstance(error, KeyError) else str(error))
     reason = "".join(filter(str.isprintable, " ".join(reason.split())))[:200]  # it may quote names
-    return UserError(f"{path} is not a checkpoint of this ViT: {reason}; {ADVICE}")
+    return UserError(f"{path} is not {what}: {reason}; {ADVICE}")
 
 
 # ------------------------------------------------------------------------------------------- check

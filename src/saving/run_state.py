@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 from recipes import fingerprint, from_stored
-from saving.checkpoint import load_checkpoint
+from saving.checkpoint import load_checkpoint, refusal
 
 # What a state has beyond a checkpoint of a trained model.
 STATE_KEYS = ("average_state_dict", "run", "position", "best", "history", "random")
@@ -37,18 +37,12 @@ def refusing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a file that was made to mislead may bring up any
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(
-            f"{path} is not the state of a run ({' '.join(reason.split())[:200]}): name a last.pt "
-            "that src/train.py wrote"
-        ) from None
+        raise refusal(path, error, what="the state of a run") from None
 
 
 def read_run_state(path: Path) -> dict[str, Any]:
-    """The content of a `last.pt`, all checked but the optimizer's state.
-
-    Raises:
-        UserError: it can't be read, or holds no state of a run.
+    """The content of a `last.pt`, all checked but the optimizer's state. Raises UserError if it
+    can't be read, or holds no state of a run.
     """
     _, state = load_checkpoint(path)  # which rebuilds the model from it, so sizes agree
     if "run" not in state:
@@ -87,12 +81,12 @@ def _check_history(history: list[dict[str, Any]], epochs: int) -> None:
         raise ValueError(f"{len(history)} rows of history after {epochs} epochs")
     best_acc = -1.0
     for number, row in enumerate(history, 1):
-        check_row(row, number)
+        _check_row(row, number)
         row.setdefault("is_best", row["val_acc"] > best_acc)  # older files don't tell
         best_acc = max(best_acc, row["val_acc"])
 
 
-def check_row(row: dict[str, Any], number: int) -> None:
+def _check_row(row: dict[str, Any], number: int) -> None:
     """Raise an error if a row of the history is not as train.py writes epoch `number`'s."""
     numbers = [row[name] for name in ROW_KEYS if name != "lr"] + [*row["lr"].values()]
     skipped = row.get("skipped_steps", [])
@@ -115,9 +109,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], model: nn.Module
     """Load an optimizer's state after a look at every tensor.
 
     The fused steps look at none: one of a wrong shape would have them write anywhere in memory.
-
-    Raises:
-        Exception: the state is not such an optimizer's.
+    Raises Exception if the state is not such an optimizer's.
     """
     if isinstance(optimizer, torch.optim.LBFGS):  # not fused, and with lists that grow
         length = sum(p.numel() for p in model.parameters())

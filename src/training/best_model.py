@@ -21,13 +21,11 @@ def set_aside(folder: Path, new: dict[str, Any]) -> None:
     """Move another run's best model out of the way, with its history and timings, and say so.
 
     They go to a folder in `folder`, named after the time when the model was written. The model of a
-    run with the same settings on the same data set stays: it is to be replaced.
+    run with the same settings on the same data set stays: it is to be replaced. Raises UserError if
+    they can't be moved.
 
     Args:
         new: the checkpoint that will take the place, with `dataset` and `settings`.
-
-    Raises:
-        UserError: they can't be moved.
     """
     best_path = folder / BEST
     if not best_path.exists():

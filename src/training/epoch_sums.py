@@ -15,8 +15,7 @@ from utils import Batch
 class NotFiniteError(Exception):
     """The loss or the gradient of a step, counted from 1, is infinite or not a number.
 
-    Args:
-        numbers: of that step, where they are known: a GPU is asked later.
+    On a GPU, which is asked later, the step's numbers are not known.
     """
 
     def __init__(self, step: int, **numbers: float) -> None:

@@ -7,14 +7,12 @@ and writes stand in a file beside them, which counts only where it was written.
 """
 
 import json
-import random
 import shlex
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -56,13 +54,11 @@ class SavedRun:
 
 
 def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: bool) -> None:
-    """Write `last.pt` and the run's paths; the `last.pt` of before becomes `last.prev.pt`.
+    """Write `last.pt` and the run's paths; the `last.pt` of before becomes `last.prev.pt`. Raises
+    UserError if it can't be written. What was there is still there.
 
     Args:
         first: of a run: then what was there is an earlier run's, and is not kept.
-
-    Raises:
-        UserError: it can't be written. What was there is still there.
     """
     paths = {name: getattr(options, name) for name in PATHS}  # None: the digits need no data_dir
     paths = {name: path and str(Path(path).absolute()) for name, path in paths.items()}
@@ -88,16 +84,11 @@ def flags_to_go_on(options: Options, last_path: Path) -> str:
 
 
 def load_last(path: Path) -> tuple[dict[str, Any], Path]:
-    """Read a run's state, from the file before it with a warning where this one is damaged.
+    """Read a run's state, from the file before it with a warning where this one is damaged. Raises
+    UserError if neither file holds the state of a run.
 
     Args:
         path: a file named `*.pt`, or a folder with a `last.pt`.
-
-    Returns:
-        The checkpoint, and the file that it was read from.
-
-    Raises:
-        UserError: neither file holds the state of a run.
     """
     is_folder = path.is_dir() or (not path.exists() and path.suffix != ".pt")
     path = path / LAST if is_folder else path
@@ -119,15 +110,13 @@ def load_last(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict[str, str | Path]:
-    """The paths with which the run in `source` goes on, where the command line names none.
+    """The paths with which the run in `source` goes on, where the command line names none. Raises
+    UserError if they are not told, or were told for another folder: this one was moved, or is a
+    stranger's, which must not choose where we write.
 
     Args:
         run: what the file says of it; the digits need no `--data_dir`.
         given: the flags that the command line names.
-
-    Raises:
-        UserError: they are not told, or were told for another folder: this one was moved, or is a
-            stranger's, which must not choose where we write.
     """
     wanted = [name for name in PATHS if name not in given]
     try:
@@ -158,14 +147,12 @@ def _read_text(path: Path) -> str:
 def go_on(
     content: dict[str, Any], path: Path, options: Options, given: dict[str, Any]
 ) -> tuple[Options, SavedRun]:
-    """The run in `path` with what the command line may change and does.
+    """The run in `path` with what the command line may change and does. Raises UserError if a flag
+    contradicts the run.
 
     Args:
         options: of the command line; its `save_dir` is kept.
         given: the flags that it names, with the paths found for those that it doesn't.
-
-    Raises:
-        UserError: a flag contradicts the run.
     """
     stored, settings = from_stored(content["run"])
     before = {**vars(stored), **settings}
@@ -183,8 +170,7 @@ def go_on(
             )
     changes = {name: value for name, value in given.items() if FLAGS[name].metadata["changes"]}
     settings = resolve(stored.recipe, content["run"]["dataset"], {**settings, **changes})
-    names = {f.name for f in fields(Options)}
-    changes = {name: value for name, value in changes.items() if name in names}
+    changes = {name: value for name, value in changes.items() if hasattr(stored, name)}
     options = replace(stored, **changes | {"save_dir": options.save_dir, "resume": str(path)})
     return options, SavedRun(path, content, settings, content["run"]["dataset"])
 
@@ -216,10 +202,8 @@ def restore(
 ) -> None:
     """Put everything where it was when the run was saved.
 
-    Processes beyond those that the state knows keep their generators as they are.
-
-    Raises:
-        UserError: the state doesn't fit.
+    Processes beyond those that the state knows keep their generators as they are. Raises UserError
+    if the state doesn't fit.
     """
     state = saved.content
     with refusing(saved.path):
@@ -239,32 +223,14 @@ def restore(
 # ------------------------------------------------------------------------------ random generators
 
 
-def seed_generators(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, on all devices."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of Python's, NumPy's, PyTorch's and the GPU's generator in this process."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
+    """The state of PyTorch's generators in this process: dropout alone draws from them."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put all generators where they were; a GPU's only if there was one."""
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, keys, *rest = state["numpy"]
-    if not 0 <= rest[0] <= len(keys) == 624:  # NumPy reads where it is told
-        raise ValueError("its NumPy generator is at no place in its numbers")
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    """Put the generators where they were; a GPU's only if there was one."""
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

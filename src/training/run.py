@@ -48,13 +48,11 @@ SHOWN_AS_CALLS |= {"warmup_epochs", "swa_lr", "swa_anneal_epochs", "swa_anneal_s
 def open_run(
     options: Options, given: Mapping[str, Any], world: World, device: torch.device
 ) -> Iterator[tuple[Options, SavedRun | None]]:
-    """Read where a run goes on, hold its folder and connect its processes, for the block.
+    """Read where a run goes on, hold its folder and connect its processes, for the block. Raises
+    UserError if there is nothing to resume, or a place can't be written or is another run's.
 
     Yields:
         The options, of the saved run where one is resumed, and that run.
-
-    Raises:
-        UserError: there is nothing to resume, or a place can't be written or is another run's.
     """
     content, source, given = None, options.save_dir, dict(given)
     if options.resume is not None:
@@ -85,20 +83,15 @@ class Run:
 
     In the order of the calls: `start`; in a `with` block `epochs`, `batches`, `is_finite`,
     `end_step`, `end_epoch`; after it `best_model` and `finish`. Each is a meeting of all processes.
-
-    Args:
-        settings: how it learns; they are stored and reported.
-        precision: "bf16" or "fp32", of the matrix products.
-        saved: the run that it goes on with; None: it begins.
     """
 
     options: Options
     settings: Settings
     dataset: Dataset
-    precision: str
+    precision: str  # "bf16" or "fp32", of the matrix products
     device: torch.device
     world: World
-    saved: SavedRun | None
+    saved: SavedRun | None  # the run to resume
 
     def __post_init__(self) -> None:
         self._signals = StopSignals(repeats_within=0.3 if self.world.size > 1 else 0.0)
@@ -127,7 +120,7 @@ class Run:
         self.files = RunFiles(*about, self.saved, *trained)
         self._print_start(schedule)
         if self.world.rank:  # the weights are drawn alike in all processes, dropout is not to be
-            resume.seed_generators(self.options.seed + self.world.rank)
+            torch.manual_seed(self.options.seed + self.world.rank)
         if self.saved:
             parts = model, average, optimizer, schedule, self.sums
             resume.restore(self.saved, *parts, self.device, self.world)
@@ -168,7 +161,7 @@ class Run:
         if self._bar is not None:
             self._bar.close()
         if isinstance(error, NotFiniteError):
-            path = self._save_bad_batch(error)
+            path = self.files.save_bad_batch(self.epoch, error, self.loaders[0])
             numbers = f": {error}" if error.numbers else ""
             raise UserError(
                 f"step {error.step} of epoch {self.epoch} is not finite{numbers}; "
@@ -211,10 +204,8 @@ class Run:
     def is_finite(self, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the step's loss and gradient are numbers in all processes, so that it is taken.
 
-        A GPU is asked every 20 steps and before each save; until then the answer is yes.
-
-        Raises:
-            NotFiniteError: they are not, and such steps are not to be skipped.
+        A GPU is asked every 20 steps and before each save; until then the answer is yes. Raises
+        NotFiniteError if they are not, and such steps are not to be skipped.
         """
         finite = self.world.all(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self._asks_later:
@@ -228,17 +219,16 @@ class Run:
         if self.options.on_nonfinite == "stop":
             raise bad
         self.sums.skipped.append(step)
+        path = self.files.save_bad_batch(self.epoch, bad, self.loaders[0])
         note = f"note: step {step} of epoch {self.epoch} skipped: {bad}"
-        tqdm.write(f"{note}; the latest such batch: {self._save_bad_batch(bad)}", file=sys.stderr)
+        tqdm.write(f"{note}; the latest such batch: {path}", file=sys.stderr)
         return False
 
     def end_step(
         self, batch: Batch, loss: Tensor, hits: Tensor, grad_norm: Tensor, finite: bool
     ) -> None:
-        """Count the step; save or stop if it is time.
-
-        Raises:
-            Stopped: a signal has asked for it; all is saved.
+        """Count the step; save or stop if it is time. Raises Stopped if a signal has asked for it;
+        all is saved.
         """
         sums, last_step = self.sums, len(self.loaders[0])
         sums.add_step(self._lrs)
@@ -306,9 +296,6 @@ class Run:
 
     def _flags_to_go_on(self) -> str:
         return resume.flags_to_go_on(self.options, self.files.paths.last)
-
-    def _save_bad_batch(self, bad: NotFiniteError) -> Path:
-        return self.files.save_bad_batch(self.epoch, bad, self.loaders[0])
 
     # --------------------------------------------------------------------------------------- end
 

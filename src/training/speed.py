@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from common.distributed import SINGLE_PROCESS, World
+from common.distributed import World
 from common.errors import UserError
 from utils import BatchLoader
 
@@ -35,17 +35,12 @@ def prepare(
     loader: BatchLoader,
     *,
     precision: str,
-    grad_accum_steps: int = 1,
-    world: World = SINGLE_PROCESS,
+    grad_accum_steps: int,
+    world: World,
 ) -> Callable[[Tensor], Tensor]:
     """What to call in training: `model`, or it compiled, or it in all processes together.
 
-    Args:
-        mode, precision: as in `compile_network`.
-        loader: of the training images.
-
-    Raises:
-        UserError: compiling is asked for where batches are divided.
+    Raises UserError if compiling is asked for where batches are divided.
     """
     can_compile = world.size == 1 and grad_accum_steps == 1
     if mode == "on" and not can_compile:
@@ -67,11 +62,9 @@ def compile_network(
     the model as it is too: compiling once more would take longer.
 
     Args:
-        model: in training mode.
         mode: "on", "off", or "auto", which compiles for CUDA: there a step of small kernels waits
             for Python; on CPUs the matrix products set the pace.
         sample: a batch (B, C, S, S) of the size to come, on the model's device.
-        precision: "bf16" or "fp32", of the matrix products.
     """
     device = sample.device
     cuda = device.type == "cuda"

@@ -16,7 +16,7 @@ import inference
 from analysis import confidence, explain
 from data.digits import load_digits
 from data.mnist import load_mnist
-from deploy.digit_image import read_digit
+from deploy.digit_image import read_digits
 from deploy.predict import predict
 from saving.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
 from utils import BatchLoader
@@ -118,12 +118,12 @@ def test_a_hundredth_of_the_validation_images_is_strange_and_noise_is(digits_mod
 
 
 def written(text: str, font: str) -> np.ndarray:
-    """A character, dark on light, as `read_digit` brings it to the model."""
+    """A character, dark on light, as `read_digits` brings it to the model."""
     image, file = Image.new("L", (280, 280), 255), io.BytesIO()
     font = ImageFont.truetype(FONTS / font, 160)
     ImageDraw.Draw(image).text((140, 140), text, fill=0, font=font, anchor="mm")
     image.save(file, "PNG")
-    return read_digit(io.BytesIO(file.getvalue()), text)
+    return read_digits(io.BytesIO(file.getvalue()), text, single=True).digits[0].pixels
 
 
 @needs_pretrained

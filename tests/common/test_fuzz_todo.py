@@ -88,4 +88,4 @@ def test_a_long_todo_file_is_quick(tmp_path):
     path.write_bytes(b"x" * 10**7 + b"\n" * 10**6 + TODO_HEADER[0].encode() + b"\n|" * 10**5)
     with bounded(seconds=10):
         update_todo_md(1, 0.5, 97.0, True, path)
-        reset_todo_md(10, path)
+        reset_todo_md(10, path, "mnist")

@@ -11,7 +11,7 @@ from PIL import Image
 from common.errors import UserError
 from data.digits import load_digits
 from data.mnist import load_mnist
-from deploy.digit_image import read_digit
+from deploy.digit_image import read_digits
 from deploy.printed_lines import without_lines
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -24,7 +24,7 @@ COLUMNS = np.arange(28)
 def read(pixels: np.ndarray, kind: str = "PNG", **options) -> np.ndarray:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind, **options)
-    return read_digit(file, "x")
+    return read_digits(file, "image x", single=True).digits[0].pixels
 
 
 def likeness(a: np.ndarray, b: np.ndarray) -> float:
@@ -76,9 +76,12 @@ def test_mnists_own_images_come_out_as_they_are():
 def test_a_file_object_gives_what_its_path_gives_and_is_named_in_messages(tmp_path):
     Image.fromarray(DIGITS[0]).save(tmp_path / "digit.png")
     content = (tmp_path / "digit.png").read_bytes()
-    assert np.array_equal(read_digit(io.BytesIO(content)), read_digit(tmp_path / "digit.png"))
+    both = [
+        read_digits(source, single=True) for source in (io.BytesIO(content), tmp_path / "digit.png")
+    ]
+    assert np.array_equal(both[0].digits[0].pixels, both[1].digits[0].pixels)
     with pytest.raises(UserError, match="image my upload cannot be read"):
-        read_digit(io.BytesIO(content[:40]), "my upload")
+        read_digits(io.BytesIO(content[:40]), "image my upload")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (5, 7), (3, 9000), (120, 90), (120, 90, 3)])
@@ -116,7 +119,7 @@ def test_a_digit_on_paper_comes_back(name):
     found = []
     for digit in DIGITS[:4]:
         photo = io.BytesIO(photograph(digit, KINDS[name], generator))
-        found.append(likeness(read_digit(photo), read(digit)))
+        found.append(likeness(read_digits(photo, single=True).digits[0].pixels, read(digit)))
     # A tilted digit stays tilted; strokes of a thin pen are not as wide.
     least = 0.45 if KINDS[name].tilt else 0.6 if KINDS[name].thin else 0.8
     assert np.mean(found) > least, found
@@ -128,7 +131,7 @@ def test_bare_paper_is_blank(name):
     for seed in range(2):
         photo = photograph(nothing, KINDS[name], np.random.default_rng(seed))
         with pytest.raises(UserError, match="is blank"):
-            read_digit(io.BytesIO(photo))
+            read_digits(io.BytesIO(photo), single=True)
 
 
 def test_lines_from_edge_to_edge_go_and_strokes_that_cross_them_stay():

@@ -58,9 +58,10 @@ def refusal(content: bytes, path: Path) -> str:
     """Read it: the error's text, none for a digit."""
     path.write_bytes(content)
     with bounded(memory=800 << 20):
-        digit = result_or_error(digit_image.read_digit, path)
-    if isinstance(digit, str):
-        return digit
+        reading = result_or_error(digit_image.read_digits, path, single=True)
+    if isinstance(reading, str):
+        return reading
+    digit = reading.digits[0].pixels
     assert digit.shape == (28, 28) and digit.dtype == np.uint8 and digit.max() > 100
     return ""
 

@@ -30,7 +30,7 @@ def pretrained():
 def read(image: Image.Image, kind: str = "PNG", **options) -> Reading:
     file = io.BytesIO()
     image.save(file, kind, **options)
-    return read_digits(file, "x")
+    return read_digits(file, "image x")
 
 
 def lines(*strokes: list, size: tuple[int, int] = (300, 200), width: int = 12) -> Image.Image:
@@ -75,7 +75,7 @@ def test_numbers_are_read(pretrained, make, count, most_wrong):
 
 def test_every_digit_of_pillows_own_font_is_found():
     for picture in (p for size in SIZES for p in printed(PRINTED, "Pillow's", size)):
-        assert len(read_digits(picture.file(), "x").digits) == len(picture.text), picture.text
+        assert len(read_digits(picture.file(), "image x").digits) == len(picture.text), picture.text
 
 
 # --------------------------------------------------------------------------------- places and order
@@ -141,7 +141,7 @@ def test_strokes_that_lie_apart_are_one_digit(strokes, alone):
 @pytest.mark.parametrize("font", ["Pillow's", "bold", "Serif bold"])
 def test_marks_are_left_out(text, font):
     for picture in (p for size in SIZES for p in printed([text], font, size)):
-        assert len(read_digits(picture.file(), "x").digits) == len(picture.text), picture.text
+        assert len(read_digits(picture.file(), "image x").digits) == len(picture.text), picture.text
 
 
 def test_a_mark_with_no_digit_beside_it_is_answered():
@@ -182,7 +182,7 @@ def test_noise_takes_no_longer_than_a_few_seconds(density, grain):
 
 def test_one_call_of_the_model_reads_all_digits_of_all_pictures(pretrained):
     model, checkpoint = pretrained
-    readings = [read_digits(p.file(), "x") for p in printed(["123", "45"], "bold", 40)]
+    readings = [read_digits(p.file(), "image x") for p in printed(["123", "45"], "bold", 40)]
     readings.insert(1, UserError("none"))
     sizes = []
     hook = model.patch_embed.register_forward_pre_hook(
