@@ -254,8 +254,11 @@ def test_processes_that_train_together_know_their_places_and_end_together(projec
         process = project.run(*together, end, by="good")
         assert process.returncode == status and error in process.err
         assert process.err.count("error: ") == bool(error)  # the others have told of theirs
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
     process = project.popen(*together, by="good")
+    signal.signal(signal.SIGHUP, previous)
     assert [process.stdout.readline()[:5] for _ in range(3)] == ["ready"] * 3
+    process.send_signal(signal.SIGHUP)  # which stays ignored
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 7 and "error" not in err

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -338,6 +339,7 @@ def test_auto_without_mnist_or_network_warns_and_trains_on_the_digits(run, compl
         run(train.main, *flags, "--data_dir", "mnits"), "mnits/MNIST/raw", "cannot be downloaded"
     )
     assert not Path("mnits").exists()
+    assert socket.getdefaulttimeout() is None  # the download's own limit ends with it
     # Settings that don't fit are told before a download is tried.
     assert_one_error_line(run(train.main, "--patch_size", "5"), "--patch_size 5")
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, posix
 
 from common import files
 from common.errors import UserError
@@ -20,6 +20,16 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
         for write in (files.check_writable, lambda p: files.write_text(p, "text")):
             with pytest.raises(UserError, match=f"{path} cannot be written"):
                 write(path)
+
+
+@posix
+def test_a_symbolic_link_stays_and_the_file_that_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "TODO.md", tmp_path / "disk" / "TODO.md"
+    link.symlink_to(file)
+    for text in ("old", "new"):
+        files.write_text(link, text)
+        assert link.is_symlink() and file.read_text() == text
 
 
 def test_an_interrupt_waits_for_files_that_belong_together(tmp_path):

@@ -231,3 +231,16 @@ def test_a_file_that_does_worse_is_not_written(
     assert_one_error_line(result, "old.onnx", "not written", *words.split())
     assert (tmp_path / "old.onnx").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["old.onnx"]
+
+
+def test_a_network_too_large_for_fp16_is_not_written(run, tmp_path, offline):
+    """Two biases, each within fp16's bounds, have a sum beyond, which gives NaN."""
+    model = ViT(embed_dim=16, depth=1)
+    with torch.no_grad():
+        for bias in (model.blocks[0].attn.out_proj.bias, model.blocks[0].mlp[3].bias):
+            bias.fill_(6e4)
+    content = {"epoch": 1, "model_state_dict": model.state_dict(), "optimizer_state_dict": {}}
+    torch.save({**content, "best_acc": 1.0}, tmp_path / "large.pt")
+    result = run(inference.main, *"--mode onnx --half --checkpoint large.pt".split())
+    assert result.status == 2 and "differs from PyTorch by nan" in result.err
+    assert not list(tmp_path.rglob("*.onnx"))

@@ -17,9 +17,10 @@ import train
 from common import distributed
 from common.distributed import StopBroadcast, World
 from common.errors import UserError
+from data.augment import Augment
 from data.digits import load_digits
 from training.resume import load_last
-from utils import make_loaders
+from utils import BatchLoader, make_loaders
 
 # One step of plain gradient descent on 70 images: the weights' change is the gradient.
 ONE_STEP = [*TINY_DIGITS, *"--train_samples 70 --batch_size 70 --epochs 1".split()]
@@ -81,6 +82,13 @@ def test_every_image_is_in_one_process_and_the_batch_is_the_same():
             alone = make_loaders(data, 100, augment=None, train_samples=250)[0]
             assert torch.equal(alone.batch_of_all(0, step)[0], whole)
         assert sum(loaders[0].size_of(step) for step in range(3)) == 250
+    # Each process changes its images by amounts of its own, and the parts of one image differ.
+    one = data.train[torch.zeros(8, dtype=torch.int64)]
+    ours, theirs = (
+        next(iter(BatchLoader(one, 8, 0.0, 1.0, augment=Augment(), world=World(rank, 2))))[0]
+        for rank in (0, 1)
+    )
+    assert not torch.equal(ours, theirs)
 
 
 def test_gradients_are_those_of_one_process(complete, folder, together):

@@ -86,7 +86,7 @@ def test_a_run_that_is_stopped_thrice_goes_on_bit_for_bit(run, complete, folder,
     reference = folder("reference")
     complete(*flags)
     stopped = folder("stopped")
-    before = 0
+    before, spent = 0, {}
     for step, number in ((3, signal.SIGINT), (9, signal.SIGHUP), (14, signal.SIGTERM)):
         at_step(step - before, lambda number=number: signal.raise_signal(number))
         result = run(train.main, *(["--resume"] if before else flags))
@@ -94,9 +94,13 @@ def test_a_run_that_is_stopped_thrice_goes_on_bit_for_bit(run, complete, folder,
         assert result.status == 128 + number and result.err.count("\n") == 1
         told = f"stopped by {number.name} after {epochs} of 4 epochs and {steps} steps"
         assert told in result.err and "with: --resume checkpoints/last.pt" in result.err
-        assert read(LAST)["position"]["step"] == steps
-        before = step
+        position = read(LAST)["position"]
+        assert position["step"] == steps
+        before, spent[epochs] = step, position["totals"]["seconds"]
     assert complete("--resume").err == ""
+    # An epoch's time counts what it took before the stop.
+    rows = history()["epochs"]
+    assert all(0 < seconds < rows[epoch]["seconds"] for epoch, seconds in spent.items())
     assert_same_run(stopped, reference)
 
 
@@ -153,6 +157,12 @@ def test_a_finished_run_can_be_given_more_epochs_also_in_another_folder(complete
     assert todo.count("| done |") == 4 and "not started" not in todo
     result = complete("--resume", "other")  # nothing left to train: it is scored again
     assert f"Test Acc: {history('other')['test']['top1']:.2f} %" in result.out
+    # A schedule that depends on --epochs goes on as the longer one.
+    folder("longer")
+    complete(*TINY, "--epochs", 2)
+    complete("--resume", "--epochs", 4)
+    rates = [row["lr"]["all parameters"] for row in history()["epochs"][2:]]
+    assert rates == pytest.approx([1e-3 * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in (2, 3)])
 
 
 # ---------------------------------------------------------------------- killed processes, full disk
@@ -277,8 +287,8 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_kept(
         return images, labels
 
     monkeypatch.setattr(BatchLoader, "_batch", poisoned)
-    result = run(train.main, *TINY)
-    words = "step 3 of epoch 2", "loss nan", "lr 0.000853553", "nonfinite.pt", "skip"
+    result = run(train.main, *TINY, "--scheduler_interval", "step")
+    words = "step 3 of epoch 2", "loss nan", "lr 0.00075", "nonfinite.pt", "skip"
     assert_one_error_line(result, *words)
     kept = read("checkpoints/nonfinite.pt")
     assert (kept["epoch"], kept["step"], kept["images"].shape) == (2, 3, (25, 1, 28, 28))
@@ -290,6 +300,10 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_kept(
     rows = history()["epochs"]
     assert [row.get("skipped_steps") for row in rows] == [None, [3], None, None]
     assert rows[1]["train_loss"] < 5
+    # The schedule moves past the skipped step: the rates of all 24 steps are those of any run.
+    rates = 1e-3 * (1 + np.cos(np.pi * np.arange(24) / 24)) / 2
+    means = rates.reshape(4, 6).mean(axis=1)
+    assert [row["lr"]["all parameters"] for row in rows] == pytest.approx(means.tolist())
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -340,6 +354,20 @@ def test_last_pt_is_a_checkpoint_too_but_no_other_checkpoint_is_a_run(run, stopp
     assert_one_error_line(run(train.main, "--resume", "x.pt"), "there is no x.pt to resume")
     assert_one_error_line(run(train.main, "--resume", stopped / BEST), "not the state of a run")
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_which_epochs_were_the_best_is_worked_out_for_an_older_file(stopped, tmp_path):
+    state = read(stopped / LAST)
+    accuracies = [50.0, 60.0, 55.0, 58.0, 60.5]
+    (row,) = state["history"]
+    del row["is_best"]
+    state["history"] = [
+        {**row, "epoch": epoch, "val_acc": acc} for epoch, acc in enumerate(accuracies, 1)
+    ]
+    state["position"]["epoch"] = len(accuracies)
+    save_checkpoint(tmp_path / "older.pt", state)
+    rows = resume.load_last(tmp_path / "older.pt")[0]["history"]
+    assert [row["is_best"] for row in rows] == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize(
