@@ -378,7 +378,7 @@ def run_together(count: int, folder: str, *command: object) -> int:
     if status < 0:
         raise LaunchError(
             f"process {rank} of {count} was ended by {signal.Signals(-status).name}, and so the "
-            "others have been; what was saved is whole, go on from it with --resume"
+            "others have been; all saves are intact; continue with --resume"
         )
     return status
 

@@ -125,7 +125,7 @@ def build_optimizer_and_schedule(
 
 
 def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool) -> None:
-    """Refuse what PyTorch would take and this project has no use for, or no memory."""
+    """Refuse what PyTorch accepts but this project cannot use, or has no memory for."""
     if call.cls is torch.optim.SparseAdam:
         raise UserError("SparseAdam needs sparse gradients and this model has none: take Adam")
     if call.cls is LBFGS:
@@ -135,7 +135,7 @@ def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool) -> None:
             raise UserError(f"{call}: max_iter is not at least 1")
         if "clip_grad_max_norm" in call.arguments:
             raise UserError(
-                f"{call}: LBFGS learns from gradients as they are, they are not clipped"
+                f"{call}: LBFGS learns from gradients as they are; they are not clipped"
             )
         if head_lr is not None:
             raise UserError("--head_lr: LBFGS takes all parameters as one group, leave it out")
@@ -270,7 +270,7 @@ def _idle_flags(optimizer: Call, scheduler: Call) -> dict[str, str]:
         reasons |= dict.fromkeys(("lr", "head_lr"), f"{scheduler} sets all rates itself")
     max_norms = optimizer.arguments.get("clip_grad_max_norm")
     if optimizer.cls is LBFGS:
-        reasons["grad_clip"] = "LBFGS learns from gradients as they are, they are not clipped"
+        reasons["grad_clip"] = "LBFGS learns from gradients as they are; they are not clipped"
     elif max_norms is not None and None not in (max_norms if type(max_norms) is list else []):
         reasons["grad_clip"] = f"{optimizer} clips by its own"
     return reasons

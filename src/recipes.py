@@ -23,7 +23,7 @@ SECTIONS = {  # of --help, in its order
     "data": "data",
     "folder": "images of your own (--dataset folder)",
     "recipe": "recipe (the defaults of all flags below are the article's)",
-    "optimization": "optimization (names: python src/optim.py --list)",
+    "optimization": "optimization (names: python3 launch.py optim.py --list)",
     "model": "model",
     "augmentation": "augmentation (strengths; 0: off)",
     "mixing": "mixing of images (0: off)",
@@ -74,18 +74,20 @@ class Settings:
     optimizer: str = optimization_flag("AdamW", 'a call: "SGD(momentum=0.9, nesterov=True)"')
     lr: float = optimization_flag(1e-3, "learning rate at the start", number(0, above=True))
     head_lr: float | None = optimization_flag(
-        None, "learning rate of the head, if it has its own", number(0, above=True)
+        None, "learning rate of the head, None: that of --lr", number(0, above=True)
     )
     weight_decay: float = optimization_flag(1e-4, "weight decay", number(0))
     no_decay: bool = optimization_flag(False, "no decay of biases, norms, CLS token and positions")
     grad_clip: float = optimization_flag(1.0, "largest global gradient norm; 0: off", number(0))
     scheduler: str = optimization_flag("CosineAnnealingLR", 'a call: "StepLR(step_size=5)"')
     scheduler_interval: str | None = optimization_flag(
-        None, "how often the schedule moves", choices=("epoch", "step")
+        None,
+        "how often the schedule moves; None: every epoch, or step with CyclicLR and OneCycleLR",
+        choices=("epoch", "step"),
     )
     warmup_epochs: int = optimization_flag(0, "linear warm-up before the schedule", integer(0))
     ema_decay: float | None = optimization_flag(
-        None, "average the weights exponentially, keeping this share a step", number(0, 1)
+        None, "exponential average of the weights; the share kept in each step", number(0, 1)
     )
     swa_start: int | None = optimization_flag(
         None, "average the weights from the end of this epoch on", integer(1)
@@ -95,7 +97,7 @@ class Settings:
     )
     swa_anneal_epochs: int = optimization_flag(10, "epochs until --swa_lr is reached", integer(0))
     swa_anneal_strategy: str = optimization_flag(
-        "cos", "shape of the way to --swa_lr", choices=("cos", "linear")
+        "cos", "how the rate moves to --swa_lr", choices=("cos", "linear")
     )
 
     patch_size: int = model_flag(
@@ -216,7 +218,7 @@ class Options:
         choices=("auto", *DATASET_SETTINGS),
     )
     train_samples: int | None = data_flag(
-        None, "train on so many images only, the first, for a quick look; None: on all", integer(1)
+        None, "train on the first N images only, for a quick look; None: on all", integer(1)
     )
     num_workers: int = data_flag(
         0, "threads that prepare batches ahead; 0: none", integer(0, 256), changes=True
@@ -253,8 +255,8 @@ class Options:
     )
     recipe: str = recipe_flag(
         "article",
-        "flags by name, from recipes.py: article, the published ones; fast, the least time to "
-        "99 %%; best, the highest accuracy in 20 minutes; flags given beside it win",
+        "a set of flags, from recipes.py: article, as published; fast, the least time to 99 %%; "
+        "best, the highest accuracy in 20 minutes; flags given beside it win",
         choices=tuple(RECIPES),
     )
     seed: int = recipe_flag(42, "of weights, order, augmentation, dropout", integer(0))
@@ -266,14 +268,14 @@ class Options:
         changes=False,
     )
     grad_accum_steps: int = machine_flag(
-        1, "parts of a batch, one after the other: the same step in less memory", integer(1, 10**6)
+        1, "process each batch in so many parts: the same step in less memory", integer(1, 10**6)
     )
     compile: str = machine_flag(
         "auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"), stored=False
     )
     resume: str | None = resuming_flag(
         None,
-        "go on with the run that left this last.pt, by default that in --save_dir, as if it had "
+        "continue the run that left this last.pt, by default that in --save_dir, as if it had "
         "never stopped; its settings come with it",
         stored=False,
         nargs="?",
@@ -281,7 +283,7 @@ class Options:
         metavar="PATH",
     )
     save_every_steps: int | None = resuming_flag(
-        None, "write last.pt after so many steps, too; None: after each epoch", integer(1)
+        None, "also write last.pt every N steps; None: only after each epoch", integer(1)
     )
     on_nonfinite: str = resuming_flag(
         "stop",
@@ -384,7 +386,10 @@ def resolve(
         # As near as can be to 8 x 8 patches.
         s = replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - 8)))
     if round(s.embed_dim * s.mlp_ratio) < 1:
-        raise UserError(f"--mlp_ratio {s.mlp_ratio} leaves the MLP no neuron: raise it")
+        raise UserError(
+            f"--mlp_ratio {s.mlp_ratio} is too small for --embed_dim {s.embed_dim}: an MLP would "
+            "have no neuron; raise one of them"
+        )
     if s.pos_embed == "sincos2d" and s.embed_dim % 4 != 0:
         raise UserError(
             f"--embed_dim {s.embed_dim} is not divisible by 4, as --pos_embed sincos2d wants it: "

@@ -121,7 +121,7 @@ def train(
     compute_gradients = partial(
         forward_backward, network, train_criterion, optimizer, **step_options, world=world
     )
-    with run:  # Ctrl-C saves and ends the script; so does a step that is not finite, unsaved
+    with run:  # Ctrl-C saves and ends the script; a step that is not finite ends it unsaved
         for epoch in run.epochs():
             model.train()
             for batch in map(mix, run.batches(train_loader)):

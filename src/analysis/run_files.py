@@ -90,7 +90,7 @@ def read_history(path: Path) -> dict[str, Any]:
             "test": test,
         }
     except WRONG_CONTENT as error:
-        raise UserError(f"{path} is no history of a training run ({_reason(error)})") from None
+        raise UserError(f"{path} is not a history of a training run ({_reason(error)})") from None
 
 
 def read_timing(path: Path) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def read_timing(path: Path) -> dict[str, Any]:
         if min(timing["total_train_time"], timing["avg_time_per_epoch"]) <= 0:
             raise ValueError("a time that is not above 0")
     except WRONG_CONTENT as error:
-        raise UserError(f"{path} is no timing of a training run ({_reason(error)})") from None
+        raise UserError(f"{path} is not a timing of a training run ({_reason(error)})") from None
     return timing
 
 

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import importlib.util
 import math
 import os
 import re
@@ -88,11 +89,11 @@ def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> No
 
 
 def _fail(message: str, status: int = 2, *, alone: bool = False) -> None:
-    message = " ".join(message.split())
+    message = "".join(filter(str.isprintable, " ".join(message.split())))  # it may quote a file
     if len(message) > MAX_MESSAGE:  # it quotes what was given
         message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
-    # Processes that train together stumble over the same thing: one of each machine says it, but
-    # for what happens to one `alone`.
+    # Processes that train together fail alike: the first of each machine says so. What happens to
+    # one process `alone`, it says itself.
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
@@ -104,6 +105,8 @@ def check_flags(parse_args: Callable[[], object]) -> None:
     The import takes seconds. A script calls this above it, and parses again in its `main`.
     """
     _run_to_exit(parse_args)
+    if importlib.util.find_spec("torch") is None:
+        _fail("this Python has no PyTorch; start the script with python3 launch.py SCRIPT")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -127,7 +130,7 @@ def _run_to_exit(main: Callable[[], object]) -> None:
     except OSError as error:
         if error.errno != errno.EPIPE and not _terminal_is_closed():
             raise
-        for stream in (1, 2):  # for what is still to be written at the end
+        for stream in (1, 2):  # so that what is flushed at exit goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         # As from SIGPIPE, which Python ignores, and from SIGHUP.
         sys.exit(141 if error.errno == errno.EPIPE else 129)
@@ -156,11 +159,11 @@ def _run(main: Callable[[], object]) -> None:
         sys.exit(stop.status)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            advice = "take a smaller network, or to train one a smaller --batch_size"
+            advice = "use a smaller network or, in training, a smaller --batch_size"
             _fail(f"out of memory; {advice}", alone=True)
         if type(error).__name__ != "AcceleratorError":  # PyTorch's
             raise
-        advice = "what was saved is whole, go on from it with --resume"
+        advice = "all saves are intact; continue with --resume"
         _fail(f"the GPU failed ({error}); {advice}", 1, alone=True)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":

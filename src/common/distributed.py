@@ -70,7 +70,7 @@ class World:
         return values[0]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with the mean of its gradients taken over all processes after each backward."""
+        """The model, wrapped so that each backward pass averages gradients over all processes."""
         if self.size == 1:
             return model
         device = next(model.parameters()).device
@@ -177,7 +177,7 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise PeerLostError(
             f"process {world.rank} of {world.size} lost touch with the others, so this run has "
-            f"ended ({reason}); what was saved is whole, go on from it with --resume"
+            f"ended ({reason}); all saves are intact; continue with --resume"
         ) from None
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:

@@ -10,7 +10,7 @@ class PeerLostError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 not an error: all is saved
-    """A signal has ended the work in good order: what was kept, and how to go on."""
+    """A signal ended the work in good order; the message says what was saved, how to continue."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -49,7 +49,7 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
 def write_text(path: str | Path, text: str, keep: str | Path | None = None) -> None:
     """Write `text` to `path`. `keep` and UserError: as in `atomic_write`."""
     with atomic_write(path, keep) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def write_json(path: str | Path, data: Any, keep: str | Path | None = None) -> None:

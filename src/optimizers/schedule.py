@@ -251,8 +251,8 @@ class Schedule:
         return {"val_losses": list(self._val_losses), "batch": self._batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position and set the rates there; the optimizer's state is loaded apart.
-        Raises UserError if the position is not in this run.
+        """Go to a saved position and set the rates there; the optimizer's state is loaded
+        separately. Raises UserError if the position is not in this run.
         """
         losses, batch = state["val_losses"], state["batch"]
         if len(losses) > self.epochs or not 0 <= batch <= self.steps_per_epoch:
@@ -267,7 +267,7 @@ class Schedule:
                 self.step_batch()
 
     def _replay(self, val_losses: list[float | None]) -> Iterator[tuple[float, list[float]]]:
-        """Go from the start to the end of these epochs, by way of what `rates` returns."""
+        """Replay these epochs from the start, yielding what `rates` returns."""
         self._rewind()
         for epoch, loss in enumerate(val_losses):
             for batch in range(self.steps_per_epoch if self._moves_within_epoch else 1):

@@ -110,7 +110,7 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         _check_tensors(state, config, path.stat().st_size)
         checkpoint |= _validated_description(checkpoint, config)
         model = _rebuild(state, config)
-    except Exception as error:  # whatever a value of a wrong kind brings up
+    except Exception as error:  # a value of a wrong kind can raise anything
         raise refusal(path, error) from None
     return model, {**checkpoint, "model_config": config}
 
@@ -133,7 +133,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise refusal(path, KeyError("model_state_dict"))
     written_as = checkpoint.get("format", 1)
     if type(written_as) is not int or not 1 <= written_as <= FORMAT:
-        raise UserError(f"{path} is of a newer version of this project: update this one to use it")
+        raise UserError(
+            f"{path} was written by a newer version of this project: update the project to use it"
+        )
     return checkpoint
 
 

@@ -36,7 +36,7 @@ def refusing(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # a file that was made to mislead may bring up any
+    except Exception as error:  # a hostile file can raise anything
         raise refusal(path, error, what="the state of a run") from None
 
 

@@ -76,7 +76,8 @@ def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[
         source: the file that `state` is from; the best model may lie beside it.
 
     Returns:
-        Its validation accuracy in percent and its epoch; -1 and 0 if it is lost.
+        Its validation accuracy in percent and its epoch. Where it is lost, those of the last epoch,
+        whose model takes its place, or within an epoch -1 and 0.
     """
     acc, epoch = state["best"]["acc"], state["best"]["epoch"]
     if not epoch:
@@ -91,11 +92,11 @@ def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[
                 set_aside(best_path.parent, state)
                 save_checkpoint(best_path, best)
             return acc, epoch
-    except UserError:
-        pass  # it is not there, or damaged
+    except (UserError, LookupError, TypeError):
+        pass  # it is not there, damaged, or not a run's
     print(
         f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is not beside "
-        f"{source}: the best from here on takes its place",
+        f"{source}: the best model from now on counts as the best",
         file=sys.stderr,
     )
     if state["position"]["step"]:

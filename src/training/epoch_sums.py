@@ -25,7 +25,7 @@ class NotFiniteError(Exception):
 
 @dataclass
 class EpochSums:
-    """Sums over the steps of an epoch that are done; those over images are of this process's."""
+    """Sums over an epoch's finished steps; sums over images cover this process's images only."""
 
     loss_and_hits: Tensor  # (2,), over images
     grad_norm: Tensor
@@ -58,7 +58,7 @@ class EpochSums:
         self.grad_norm += grad_norm
 
     def note(self, finite: Tensor) -> None:
-        """Remember, on the device, whether the step that follows is the first bad one."""
+        """Remember, on the device, whether the step under way is the first bad one."""
         is_first = (self.first_bad == 0) & ~finite
         self.first_bad = torch.where(is_first, self.steps + 1, self.first_bad)
 

@@ -33,7 +33,7 @@ PATHS = ("data_dir", "output_dir", "todo_path")  # flags whose values stand in P
 
 @dataclass(frozen=True)
 class SavedRun:
-    """What a `last.pt` held, all checked, with the settings with which its run goes on."""
+    """What a `last.pt` holds, checked, and the settings with which its run continues."""
 
     path: Path
     content: dict[str, Any]
@@ -58,7 +58,7 @@ def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: b
     UserError if it can't be written. What was there is still there.
 
     Args:
-        first: of a run: then what was there is an earlier run's, and is not kept.
+        first: the run's first save; what is there is an earlier run's and is not kept.
     """
     paths = {name: getattr(options, name) for name in PATHS}  # None: the digits need no data_dir
     paths = {name: path and str(Path(path).absolute()) for name, path in paths.items()}
@@ -71,9 +71,9 @@ def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: b
         (folder / PREVIOUS).unlink(missing_ok=True)
 
 
-def flags_to_go_on(options: Options, last_path: Path) -> str:
-    """The flags to go on with: `--resume`, and what is said of the machine alone."""
-    flags = ["--resume", str(last_path)]
+def command_to_continue(options: Options, last_path: Path) -> str:
+    """The command that continues a run, with the flags about the machine, which are not saved."""
+    flags = ["train.py", "--resume", str(last_path)]
     for name in ("device", "compile"):
         if getattr(options, name) != FLAGS[name].default:
             flags += [f"--{name}", getattr(options, name)]
@@ -84,7 +84,7 @@ def flags_to_go_on(options: Options, last_path: Path) -> str:
 
 
 def load_last(path: Path) -> tuple[dict[str, Any], Path]:
-    """Read a run's state, from the file before it with a warning where this one is damaged. Raises
+    """Read a run's state; if the file is damaged, warn and read the save before it. Raises
     UserError if neither file holds the state of a run.
 
     Args:
@@ -147,8 +147,8 @@ def _read_text(path: Path) -> str:
 def go_on(
     content: dict[str, Any], path: Path, options: Options, given: dict[str, Any]
 ) -> tuple[Options, SavedRun]:
-    """The run in `path` with what the command line may change and does. Raises UserError if a flag
-    contradicts the run.
+    """The saved run in `path`, with the changes that the command line may make. Raises UserError
+    if a flag contradicts the run.
 
     Args:
         options: of the command line; its `save_dir` is kept.
@@ -185,7 +185,7 @@ def note_unfinished(folder: Path) -> None:
     if done < epochs:
         print(
             f"note: {folder / LAST} holds a run that stopped after {done} of {epochs} epochs; this "
-            "new run will replace it, --resume would go on with it",
+            "new run will replace it, --resume would continue it",
             file=sys.stderr,
         )
 

@@ -1,7 +1,7 @@
 """What keeps a training run safe, beneath the recipe: its position, stops, bad numbers, saving.
 
 The recipe (train.py) computes; a `Run` counts, saves, prints and ends in good order. It never
-touches a gradient. What its files hold says run_files.py.
+touches a gradient. run_files.py says what its files hold.
 """
 
 import math
@@ -48,11 +48,11 @@ SHOWN_AS_CALLS |= {"warmup_epochs", "swa_lr", "swa_anneal_epochs", "swa_anneal_s
 def open_run(
     options: Options, given: Mapping[str, Any], world: World, device: torch.device
 ) -> Iterator[tuple[Options, SavedRun | None]]:
-    """Read where a run goes on, hold its folder and connect its processes, for the block. Raises
-    UserError if there is nothing to resume, or a place can't be written or is another run's.
+    """Find the run to resume, if any; for the block, lock its folder and connect its processes.
+    Raises UserError if there is nothing to resume, or a place can't be written or is another run's.
 
     Yields:
-        The options, of the saved run where one is resumed, and that run.
+        The options (a resumed run's own) and the saved run, or None.
     """
     content, source, given = None, options.save_dir, dict(given)
     if options.resume is not None:
@@ -119,7 +119,7 @@ class Run:
         trained = model, model_config, optimizer, schedule, average
         self.files = RunFiles(*about, self.saved, *trained)
         self._print_start(schedule)
-        if self.world.rank:  # the weights are drawn alike in all processes, dropout is not to be
+        if self.world.rank:  # all drew the same weights, but each draws its own dropout
             torch.manual_seed(self.options.seed + self.world.rank)
         if self.saved:
             parts = model, average, optimizer, schedule, self.sums
@@ -127,8 +127,10 @@ class Run:
             self.epochs_done = loaders[0].epoch = self.saved.epoch
             loaders[0].skip = self.sums.steps
             self.files.restore()
-            after = f"after {self.epochs_done} epochs and {self.sums.steps} steps"
-            print(f"resumed:  {self.saved.path}, {after}")
+            done = (
+                f"{self.epochs_done} of {self.settings.epochs} epochs and {self.sums.steps} steps"
+            )
+            print(f"resumed:  {self.saved.path}, after {done}")
         self._started = time.perf_counter()
 
     def _print_start(self, schedule: Schedule) -> None:
@@ -166,10 +168,10 @@ class Run:
             raise UserError(
                 f"step {error.step} of epoch {self.epoch} is not finite{numbers}; "
                 f"its batch is in {path}, the last save is untouched; start again with a lower "
-                "learning rate or --grad_clip, or go on with --resume --on_nonfinite skip"
+                "learning rate or --grad_clip, or continue with --resume --on_nonfinite skip"
             ) from None
         if isinstance(error, KeyboardInterrupt):
-            go_on = f"to go on from the last save, run this again with: {self._flags_to_go_on()}"
+            go_on = f"to continue from the last save: {self._command_to_continue()}"
             saved = "nothing was saved" if self.files.nothing_saved else go_on
             raise KeyboardInterrupt(f"interrupted; {saved}") from None
 
@@ -289,13 +291,13 @@ class Run:
     def _stopped(self, signal_number: int) -> Stopped:
         return Stopped(
             f"stopped by {signal.Signals(signal_number).name} after {self.epochs_done} of "
-            f"{self.settings.epochs} epochs and {self.sums.steps} steps, all saved; to go on, run "
-            f"this again with: {self._flags_to_go_on()}",
+            f"{self.settings.epochs} epochs and {self.sums.steps} steps, all saved; to continue: "
+            f"{self._command_to_continue()}",
             signal_number,
         )
 
-    def _flags_to_go_on(self) -> str:
-        return resume.flags_to_go_on(self.options, self.files.paths.last)
+    def _command_to_continue(self) -> str:
+        return resume.command_to_continue(self.options, self.files.paths.last)
 
     # --------------------------------------------------------------------------------------- end
 

@@ -192,7 +192,7 @@ class RunFiles:
                 update_todo_md(epoch, *scores, self.paths.todo)
 
     def save_calibration(self, calibration: dict[str, Any]) -> None:
-        """Add to the best model's checkpoint what its answers are worth."""
+        """Add the calibration to the best model's checkpoint."""
         with uninterrupted():
             content = {**read_checkpoint(self.paths.best), "calibration": calibration}
             save_checkpoint(self.paths.best, content)

@@ -38,13 +38,15 @@ def prepare(
     grad_accum_steps: int,
     world: World,
 ) -> Callable[[Tensor], Tensor]:
-    """What to call in training: `model`, or it compiled, or it in all processes together.
+    """What to call in training: `model` itself, compiled, or wrapped for several processes.
 
     Raises UserError if compiling is asked for where batches are divided.
     """
     can_compile = world.size == 1 and grad_accum_steps == 1
     if mode == "on" and not can_compile:
-        raise UserError("--compile on serves one process without --grad_accum_steps: leave it out")
+        raise UserError(
+            "--compile on works only in one process without --grad_accum_steps: leave it out"
+        )
     if not can_compile:
         return world.wrap(model)
     images = loader.split.images

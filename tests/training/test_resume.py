@@ -94,7 +94,10 @@ def test_a_run_that_is_stopped_thrice_goes_on_bit_for_bit(run, complete, folder,
         epochs, steps = divmod(step, 6)
         assert result.status == 128 + number and result.err.count("\n") == 1
         told = f"stopped by {number.name} after {epochs} of 4 epochs and {steps} steps"
-        assert told in result.err and "with: --resume checkpoints/last.pt" in result.err
+        assert (
+            told in result.err
+            and "to continue: train.py --resume checkpoints/last.pt" in result.err
+        )
         position = read(LAST)["position"]
         assert position["step"] == steps
         before, spent[epochs] = step, position["totals"]["seconds"]
@@ -116,7 +119,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_save_stays(run, complete, fo
     at_step(8, twice)
     result = run(train.main, *TINY)
     assert result.status == 130
-    assert "from the last save, run this again with: --resume" in result.err
+    assert "from the last save: train.py --resume" in result.err
     assert read(LAST)["position"] | {"totals": None} == {"epoch": 1, "step": 0, "totals": None}
     # A new run says that it replaces an unfinished one, and only that.
     result = complete(*TINY, "--epochs", 1)
@@ -264,7 +267,7 @@ def test_a_damaged_save_is_told_by_its_checksum_and_the_one_before_serves(run, c
         result = complete("--resume")
         warning = r"WARNING: .*\ngoing on from the save before it, .*last.prev.pt\n"
         assert re.fullmatch(warning, result.err)
-        assert "after 1 epochs and 4 steps" in result.out
+        assert "after 1 of 4 epochs and 4 steps" in result.out
         assert comparable(read(LAST)) == whole
         assert len(history(here / "checkpoints")["epochs"]) == 2
     for path in (LAST, PREVIOUS):
