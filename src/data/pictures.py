@@ -3,9 +3,11 @@
 Needs no PyTorch, so that the processes that read a folder start quickly.
 """
 
+import os
 import warnings
+from contextlib import suppress
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -81,6 +83,15 @@ def read_picture(
         ) from None
 
 
+def stored_size(path: str | Path) -> tuple[int, int] | None:
+    """Width and height by the file's header alone, perhaps swapped; None if it can't be told."""
+    with warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    return None
+
+
 def _from_deep(image: Image.Image) -> np.ndarray:
     """The brightness in [0, 1] of a picture of 16 or 32 bits a pixel, float32 (H, W)."""
     grey = np.array(image, dtype=np.float32)  # changed in place: it may take 200 MB
@@ -98,7 +109,7 @@ def _endings() -> frozenset[str]:
 
 def has_image_name(name: str) -> bool:
     """Whether a file's name ends as those of the formats that are read do."""
-    return PurePath(name).suffix.lower() in _endings()
+    return os.path.splitext(name)[1].lower() in _endings()
 
 
 # -------------------------------------------------------------------------- an image of a data set
@@ -120,17 +131,18 @@ def prepare(image: Image.Image, img_size: int, in_chans: int, resize: str) -> np
             image. "stretch": all of it, its proportions changed.
     """
     image = _opaque(image).convert("L" if in_chans == 1 else "RGB")
-    width, height = image.size
-    if resize == "crop":
-        short = min(image.size)
-        left, top = (width - short) // 2, (height - short) // 2
-        image = image.crop((left, top, left + short, top + short))
-    size = img_size, img_size
-    if resize == "pad":
-        size = tuple(max(1, round(side * img_size / max(image.size))) for side in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+    square = img_size, img_size
+    if image.size != square:
+        if resize == "crop":
+            (width, height), short = image.size, min(image.size)
+            left, top = (width - short) // 2, (height - short) // 2
+            image = image.crop((left, top, left + short, top + short))
+        size = square
+        if resize == "pad":
+            size = tuple(max(1, round(side * img_size / max(image.size))) for side in image.size)
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
     pixels = np.asarray(image).reshape(image.height, image.width, in_chans).transpose(2, 0, 1)
-    return pixels if size == (img_size, img_size) else _padded(pixels, img_size)
+    return pixels if image.size == square else _padded(pixels, img_size)
 
 
 def _opaque(image: Image.Image) -> Image.Image:
