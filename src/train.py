@@ -29,7 +29,7 @@ from data.load import load_on_all_processes
 from data.mix import Mix
 from optim import build_optimizer_and_schedule, check_calls, clip_gradients, needs_closure
 from optimizers.average import WeightAverage
-from training.resume import SavedRun
+from training.resume import SavedRun, check_same_images
 from training.run import Run, open_run
 from training.speed import keep_freed_memory, prepare
 from utils import Batch, class_weights, evaluate, make_loaders
@@ -54,12 +54,14 @@ def load_data(
 
     The settings are resolved twice. First for the data set that is expected, so that most wrong
     flags are refused before a download; then for the one that was loaded, as the digits may have
-    replaced MNIST. Raises UserError if flags contradict each other or have no effect, or the data
-    set can't be had.
+    replaced MNIST. Raises UserError if flags contradict each other or have no effect, the data set
+    can't be had, or it isn't the one that the saved run was trained on.
     """
     how_to_load = options.data_dir, section_of(options, "folder"), world
     if saved:
-        return saved.settings, load_on_all_processes(saved.dataset, *how_to_load)
+        dataset = load_on_all_processes(saved.dataset, *how_to_load)
+        check_same_images(saved, dataset)
+        return saved.settings, dataset
     expected = "mnist" if options.dataset == "auto" else options.dataset
     check_data_flags(expected, given)
     settings = resolve(options.recipe, expected, given)

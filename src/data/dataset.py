@@ -84,6 +84,26 @@ def per_channel(
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
+def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of pixels scaled to [0, 1]; a deviation is at
+    least 0.001, so that a channel of one value can be divided by it.
+
+    They are exact: they follow from how often each of the 256 values occurs. Images that are mapped
+    into memory from a file are read in parts.
+
+    Shape: uint8 (n, C, H, W).
+    """
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for part in images.split(1000):
+        for of_channel, pixels in zip(counts, part.unbind(dim=1), strict=True):
+            of_channel += pixels.flatten().bincount(minlength=256)
+    shares = counts.double() / counts.sum(dim=1, keepdim=True)  # (C, 256)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = shares @ values
+    variance = (shares * (values - mean.unsqueeze(1)) ** 2).sum(dim=1)
+    return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1e-3).tolist())
+
+
 class DataMissingError(UserError):
     """The data set is neither on this machine nor to be fetched."""
 

@@ -8,23 +8,19 @@ On the way a picture is an array: colour (H, W, 3) or grey (H, W, 1) in [0, 1] a
 "ink" (H, W), how much darker than its paper each pixel is, from 0 on.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy import ndimage
 
 from common.errors import UserError
+from data.pictures import FORMATS, MAX_SIDE, read_picture  # noqa: F401 two are re-exported
 from deploy.digit_pieces import group_pieces
 from deploy.printed_lines import without_lines
 
-# What is read. Pillow knows more formats: for EPS it would run the file as a program.
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
-MAX_SIDE = 10_000  # pixels
-MAX_PIXELS = 50_000_000  # to decode; more would take gigabytes
 MAX_DIGITS = 200
 WORKING_SIDE = 800  # pixels; larger pictures are shrunk before they are looked at
 MIN_CONTRAST = 0.05  # of black to white; below that, what stands out is noise
@@ -95,55 +91,9 @@ def _read_picture(source: str | Path | BinaryIO, what: str) -> tuple[np.ndarray,
 
     The size is that of the upright picture, width and height.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a large size, which is checked below
-            image = Image.open(source, formats=FORMATS)
-            size = image.size
-            too_long = max(size) > MAX_SIDE
-            if too_long or size[0] * size[1] > MAX_PIXELS:
-                limit = f"{MAX_SIDE:,} a side" if too_long else f"{MAX_PIXELS // 10**6} million"
-                raise UserError(
-                    f"{what} is too large: {size[0]}x{size[1]} pixels, expected at most {limit}; "
-                    "scale it down"
-                )
-            image.draft(None, (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at that size
-            stored = image.size
-            image = ImageOps.exif_transpose(image)
-            size = size[::-1] if image.size != stored else size
-        if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel
-            image = Image.fromarray(_from_deep(image))
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-        else:
-            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-        pixels = np.asarray(image.reduce(_factor(image.size, WORKING_SIDE)), dtype=np.float32)
-        return _laid_on_paper(np.atleast_3d(pixels) / (1 if image.mode == "F" else 255)), size
-    except FileNotFoundError:
-        raise UserError(f"{what} not found: name an existing image file") from None
-    except Image.DecompressionBombError:  # more than Pillow opens at all
-        raise UserError(
-            f"{what} is too large: expected at most {MAX_PIXELS // 10**6} million pixels; "
-            "scale it down"
-        ) from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from None
-    except (MemoryError, UserError):
-        raise
-    except Exception:  # Pillow's decoders raise whatever comes on damaged files
-        raise UserError(
-            f"{what} cannot be read: damaged, or none of {', '.join(FORMATS)}; "
-            "give a PNG or JPEG file"
-        ) from None
-
-
-def _from_deep(image: Image.Image) -> np.ndarray:
-    """The brightness in [0, 1] of a picture of 16 or 32 bits a pixel, float32 (H, W)."""
-    grey = np.array(image, dtype=np.float32)  # changed in place: it may take 200 MB
-    np.nan_to_num(grey, copy=False, posinf=0, neginf=0)
-    # Nothing says which value is white: the lowest of the usual ones that no pixel exceeds.
-    grey /= next((white for white in (1, 255, 4095, 65535) if grey.max() <= white), grey.max())
-    return np.clip(grey, 0, 1, out=grey)
+    image, size = read_picture(source, what, WORKING_SIDE)
+    pixels = np.asarray(image.reduce(_factor(image.size, WORKING_SIDE)), dtype=np.float32)
+    return _laid_on_paper(np.atleast_3d(pixels) / (1 if image.mode == "F" else 255)), size
 
 
 def _laid_on_paper(picture: np.ndarray) -> np.ndarray:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from analysis import confidence
 from common.errors import UserError
 from data.dataset import per_channel
-from deploy.digit_image import FORMATS, Digit, Reading, read_digits
+from data.pictures import has_image_name
+from deploy.digit_image import Digit, Reading, read_digits
 from vit_model import ViT
 
 BATCH_SIZE = 256
@@ -83,8 +83,7 @@ def list_images(names: list[str]) -> list[str]:
 
 def _is_image(path: Path) -> bool:
     """Whether the name is that of a picture in a format that is read, and the file not hidden."""
-    form = Image.registered_extensions().get(path.suffix.lower())
-    return form in FORMATS and not path.name.startswith(".") and path.is_file()
+    return has_image_name(path.name) and not path.name.startswith(".") and path.is_file()
 
 
 def read_images(names: list[str], single: bool = False) -> list[Reading | UserError]:

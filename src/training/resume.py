@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from common.distributed import World
 from common.errors import UserError
 from common.files import write_text
+from data.dataset import Dataset
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule
 from recipes import FLAGS, Options, Settings, from_stored, resolve
@@ -173,6 +174,22 @@ def go_on(
     changes = {name: value for name, value in changes.items() if hasattr(stored, name)}
     options = replace(stored, **changes | {"save_dir": options.save_dir, "resume": str(path)})
     return options, SavedRun(path, content, settings, content["run"]["dataset"])
+
+
+def check_same_images(saved: SavedRun, dataset: Dataset) -> None:
+    """Raise UserError unless a folder still has the images and classes that the run began with."""
+    if dataset.trained_on is None:
+        return
+    content = saved.content
+    shape = tuple(content["model_config"][name] for name in ("in_chans", "img_size"))
+    with refusing(saved.path):
+        same = torch.equal(content["trained_on"], dataset.trained_on)
+    same &= content["class_names"] == list(dataset.class_names)
+    if not same or shape != dataset.image_shape[:2]:
+        raise UserError(
+            f"the images in {dataset.name} are not those that the run in {saved.path} was trained "
+            "on: put these back, or leave --resume out to start a new run"
+        )
 
 
 def note_unfinished(folder: Path) -> None:

@@ -1,0 +1,122 @@
+"""What a folder of images has in it, by the names alone."""
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import UserError
+from data.pictures import has_image_name
+
+PARTS = ("train", "val", "test")
+PART_NAMES = {"train": "train", "val": "val", "valid": "val", "test": "test"}  # of folders
+MAX_NAME = 100  # characters of a class's name; a checkpoint takes no longer ones
+# Left by systems in any folder; so are hidden files, such as .DS_Store.
+LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+
+
+class ImageFile(NamedTuple):
+    """A file that its name calls an image."""
+
+    path: str  # from the folder on, with "/"
+    part: str  # one of PARTS
+    class_name: str
+    size: int  # bytes
+    mtime_ns: int
+
+
+@dataclass
+class Listing:
+    """The images of a folder: of each part, of each class, in the order of their names."""
+
+    folder: Path
+    files: list[ImageFile] = field(default_factory=list)
+    classes: dict[str, list[str]] = field(default_factory=dict)  # of each part that there is
+    others: list[str] = field(default_factory=list)  # paths of what is no image of a class
+
+
+def list_images(folder: str | Path) -> Listing:
+    """The parts of a folder: its train, val (or valid) and test with a folder for each class in
+    them; or one part, "train", whose classes are right in it. Raises UserError if it can't be read,
+    has both val and valid, or a class name that can't be printed.
+    """
+    listing = Listing(Path(folder))
+    inside, files = _look_into(listing.folder)
+    if "train" not in inside or not _look_into(listing.folder / "train")[0]:
+        _add_part(listing, "train", "")
+        return listing
+    if "val" in inside and "valid" in inside:
+        raise UserError(f"{folder} has both val and valid: rename one of them")
+    for name in PART_NAMES:
+        if name in inside:
+            _add_part(listing, PART_NAMES[name], f"{name}/")
+    listing.others += [*files, *(f"{name}/" for name in inside if name not in PART_NAMES)]
+    return listing
+
+
+def list_labelled(folder: str | Path) -> Listing:
+    """One part, "test": what is to be scored of a folder, its test, or else its train, or else the
+    classes right in it. Raises UserError as `list_images`.
+    """
+    listing = Listing(Path(folder))
+    inside, _ = _look_into(listing.folder)
+    parts = [name for name in ("test", "train") if name in inside]
+    parts = [f"{name}/" for name in parts if _look_into(listing.folder / name)[0]]
+    _add_part(listing, "test", parts[0] if parts else "")
+    return listing
+
+
+def _add_part(listing: Listing, part: str, prefix: str) -> None:
+    """Add the classes in the folder's `prefix`, a path that ends with "/" or is empty."""
+    root = listing.folder / prefix
+    listing.classes[part], loose = _look_into(root)
+    listing.others += [prefix + name for name in loose]
+    for class_name in listing.classes[part]:
+        if len(class_name) > MAX_NAME or not class_name.isprintable():
+            raise UserError(
+                f"the folder {class_name!r} in {root} cannot name a class: rename it, with at most "
+                f"{MAX_NAME} printable characters"
+            )
+        folders, files = _look_into(root / class_name)
+        path = f"{prefix}{class_name}/"
+        listing.others += [f"{path}{name}/" for name in folders]
+        for name, about in files.items():
+            if about is None or not has_image_name(name):
+                listing.others.append(path + name)
+                continue
+            facts = about.st_size, about.st_mtime_ns
+            listing.files.append(ImageFile(path + name, part, class_name, *facts))
+
+
+def _look_into(path: Path) -> tuple[list[str], dict[str, os.stat_result | None]]:
+    """The folders in a folder and, by name, all else that isn't hidden: None if it is no file.
+    Raises UserError if it can't be read.
+    """
+    folders, files = [], {}
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in LITTER:
+                    continue
+                about = _stat(entry)
+                if about and stat.S_ISDIR(about.st_mode):
+                    folders.append(entry.name)
+                else:  # a pipe or a device may never end
+                    is_file = about and stat.S_ISREG(about.st_mode)
+                    files[entry.name] = about if is_file else None
+    except FileNotFoundError:
+        raise UserError(f"there is no folder {path}: name the one that has your images") from None
+    except NotADirectoryError:
+        raise UserError(f"{path} is no folder: name the one that has your images") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return sorted(folders), dict(sorted(files.items()))
+
+
+def _stat(entry: os.DirEntry) -> os.stat_result | None:
+    """Of what a link points to; None if it is nothing or the link itself."""
+    try:
+        return entry.stat()
+    except OSError:
+        return None
