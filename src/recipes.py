@@ -376,6 +376,11 @@ def resolve(
             raise UserError(
                 f"--hflip: a mirrored image of {dataset} may be one of another class; leave it out"
             )
+    if img_size is not None and s.random_crop >= img_size:
+        raise UserError(
+            f"--random_crop {s.random_crop} reflects more pixels than the image's side of "
+            f"{img_size} has: give at most {img_size - 1}"
+        )
     if img_size is not None and img_size % s.patch_size != 0:
         divisors = [n for n in range(1, img_size + 1) if img_size % n == 0]
         if "patch_size" in given:

@@ -173,6 +173,7 @@ def forward_backward(
     no_sync = getattr(network, "no_sync", nullcontext)  # only DDP has it
     total = batch.global_size
     if (weight := criterion.weight) is not None:
+        # Mixed or not, a batch's labels weigh together what its targets do (see Mix).
         total = world.sum(weight[batch.labels].sum())
     parts = (batch.images, batch.targets, batch.labels)
     pieces = zip(*(part.tensor_split(grad_accum_steps) for part in parts), strict=True)

@@ -165,13 +165,15 @@ def get_mnist_loaders(
 
 def class_weights(labels: Tensor, num_classes: int) -> Tensor:
     """Weights (num_classes,) with which every class that has images counts the same in the loss,
-    and the mean over all images is 1.
+    and the mean over all images is 1. A class without images has weight 0: label smoothing would
+    else make much of it.
 
     Args:
         labels: classes (n,) of the training images.
     """
     counts = labels.bincount(minlength=num_classes)
-    return len(labels) / ((counts > 0).sum() * counts.clamp(min=1).float())
+    present = counts > 0
+    return present * len(labels) / (present.sum() * counts.clamp(min=1))
 
 
 # --------------------------------------------------------------------------------------- metrics

@@ -359,7 +359,15 @@ def test_a_truncated_mnist_file_is_an_error_not_a_reason_for_the_digits(run, tmp
 
 
 def test_help_groups_the_flags_and_gives_every_default(run):
-    text = " ".join(run(train.main, "--help").out.split())
+    sections = re.split(r"\n(?=\w[^\n]*:\n)", run(train.main, "--help").out)
+    for heading, names in (
+        ("recipe", "label_smoothing class_weights"),
+        ("augmentation", "rotate erase hflip random_crop color_jitter rand_augment"),
+        ("mixing", "mixup cutmix"),
+    ):
+        section = next(text for text in sections if text.startswith(heading))
+        assert set(names.split()) <= set(re.findall(r"\n  --(\w+)", section))
+    text = " ".join(" ".join(sections).split())
     for heading in ("data:", "recipe", "model:", "machine:", "what is written:"):
         assert heading in text
     for name, flag in FLAGS.items():
@@ -387,6 +395,14 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--optimizer LBFGS --head_lr 0.1", "--head_lr LBFGS"),
         ("--optimizer Rprop --no_decay", "--no_decay Rprop"),
         ("--dropout 1", "--dropout '1' below 1"),
+        ("--hflip", "--hflip mirrored digits another class leave it out"),
+        ("--hflip 0.2", "--hflip mirrored digits another class leave it out"),
+        ("--random_crop 28", "--random_crop 28 side of 28 at most 27"),
+        ("--color_jitter 1", "--color_jitter '1' below 1"),
+        ("--rand_augment -1", "--rand_augment '-1' at least 0"),
+        ("--mixup -1", "--mixup '-1' at least 0"),
+        ("--cutmix inf", "--cutmix 'inf' number of at least 0"),
+        ("--class_weights on", "--class_weights 'on' none auto"),
         ("--embed_dim 96 --num_heads 5", "--embed_dim 96 not divisible --num_heads 5"),
         ("--patch_size 5", "--patch_size 5 28"),
         ("--device foo", "--device foo expected cpu cuda"),

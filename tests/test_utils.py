@@ -1,27 +1,21 @@
-"""Data, augmentation, metrics and TODO.md."""
+"""Data, metrics and TODO.md."""
 
 import gzip
-import math
 import re
 
-import numpy as np
 import pytest
 import sklearn.datasets
 import torch
 from conftest import MNIST, needs_mnist
-from scipy.ndimage import map_coordinates
 from torch import nn
 
 import utils
 from common.errors import UserError
 from common.progress import reset_todo_md, update_todo_md
-from data.augment import Augment, erase, resample, smooth
 from data.dataset import DataMissingError, Split
 from data.digits import load_digits
 from data.mnist import MNIST_FILES, load_mnist
 from utils import BatchLoader, accuracy, evaluate
-
-STRENGTHS = ("rotate", "translate", "scale", "shear", "elastic", "erase")
 
 
 @pytest.fixture(scope="module")
@@ -161,104 +155,6 @@ def test_a_loader_left_early_stops_its_workers(digits):
     for _ in loader:
         break
     assert len(batches(loader)) == 1437
-
-
-# ----------------------------------------------------------------------------------- augmentation
-
-
-def test_resample_equals_a_slow_exact_version():
-    """All geometric changes at once, point by point, against one matrix and one grid."""
-    torch.manual_seed(0)
-    image = torch.rand(9, 9, dtype=torch.float64)
-    angle, (dx, dy), factor, slant = 0.3, (1.25, -0.5), 1.2, 0.25  # shift in pixels
-    field = torch.randn(2, 9, 9, dtype=torch.float64)  # pixels
-    one = torch.ones(1, dtype=torch.float64)
-    shift = torch.tensor([[dx, dy]], dtype=torch.float64) * 2 / 9
-    fast = resample(
-        image[None, None], one * angle, shift, one * factor, one * slant, field[None] * 2 / 9
-    )[0, 0]
-    sources = np.empty((2, 9, 9))
-    for row in range(9):
-        for column in range(9):
-            # Back: undo the shift, the turn about the centre (y grows downwards), the slant, the
-            # scaling; then what the field adds.
-            x, y = column - 4 - dx, row - 4 - dy
-            x, y = (
-                math.cos(angle) * x - math.sin(angle) * y,
-                math.sin(angle) * x + math.cos(angle) * y,
-            )
-            x, y = (x - slant * y) / factor, y / factor
-            sources[:, row, column] = y + 4 + field[1, row, column], x + 4 + field[0, row, column]
-    # Between the outermost pixels and 0 beyond them, too.
-    exact = map_coordinates(np.pad(image, 1), sources + 1, order=1, mode="constant")
-    np.testing.assert_allclose(fast, exact, atol=1e-9)
-
-
-def test_smooth_noise_is_a_gaussian_blur_of_unit_variance():
-    torch.manual_seed(0)
-    field = smooth(torch.randn(4000, 28, 28), sigma=4.0)
-    torch.testing.assert_close(field.std(dim=0), torch.ones(28, 28), atol=0.06, rtol=0)
-    # Neighbours d pixels apart correlate by exp(-d^2 / (4 sigma^2)) away from the border.
-    for d in (1, 4, 8):
-        correlation = (field[:, 14, 8] * field[:, 14, 8 + d]).mean().item()
-        assert correlation == pytest.approx(math.exp(-(d**2) / 64), abs=0.06)
-    noise = torch.randn(9, 9, dtype=torch.float64)
-    i = torch.arange(9, dtype=torch.float64)
-    weights = (-((i[:, None] - i) ** 2) / (2 * 2.0**2)).exp()
-    weights /= weights.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(smooth(noise[None], sigma=2.0)[0], weights @ noise @ weights.T)
-
-
-def test_erase_sets_one_rectangle_of_the_stated_size_to_0():
-    torch.manual_seed(0)
-    hit = erase(torch.ones(3000, 1, 28, 28), torch.rand(3000, 5), probability=0.4)[:, 0] == 0
-    touched = hit.any(dim=2).any(dim=1)
-    assert touched.float().mean().item() == pytest.approx(0.4, abs=0.04)
-    height, width = (hit.any(dim=d).sum(dim=1)[touched] for d in (2, 1))
-    area = hit.sum(dim=(1, 2))[touched]
-    assert torch.equal(area, height * width)  # full, and with no second one
-    assert 0.012 * 784 < area.min() < 0.04 * 784 and 0.17 * 784 < area.max() < 0.23 * 784
-    assert hit[:, 0].any() and hit[:, -1].any() and hit[:, :, 0].any() and hit[:, :, -1].any()
-    assert not (erase(torch.ones(50, 1, 28, 28), torch.rand(50, 5), probability=0.0) == 0).any()
-
-
-@pytest.mark.parametrize("name", STRENGTHS)
-def test_each_strength_changes_images_on_its_own_and_0_leaves_them(digits, name):
-    images = digits.train.images[:64].float() / 255
-    off = dict.fromkeys(STRENGTHS, 0.0)
-    assert torch.equal(Augment(**off)(images, torch.Generator()), images)
-    strength = {"rotate": 15.0, "shear": 15.0, "elastic": 1.0}.get(name, 0.2)
-
-    def changed(seed):
-        augment = Augment(**off | {name: strength})
-        return augment(images.clone(), torch.Generator().manual_seed(seed))
-
-    assert torch.equal(changed(1), changed(1)) and not torch.equal(changed(1), changed(2))
-    assert not torch.equal(changed(1), images)
-    assert changed(1).min() >= 0 and changed(1).max() <= 1
-
-
-def test_augment_turns_and_moves_within_its_limits_and_never_flips():
-    # Each image is a plane, x or y; where it is read from in the middle tells the whole map.
-    line = torch.arange(28.0) - 13.5
-    x = line.expand(500, 1, 28, 28) + 100  # + 100: far from the 0 that comes in from outside
-    y = line.view(28, 1).expand(500, 1, 28, 28) + 100
-    augment = Augment(rotate=7.0, translate=0.1)
-    x, y = (augment(p, torch.Generator().manual_seed(3))[:, 0] - 100 for p in (x, y))
-    dx, dy = (
-        torch.stack((p[:, 13, 14] - p[:, 13, 13], p[:, 14, 13] - p[:, 13, 13])) for p in (x, y)
-    )
-    determinant = dx[0] * dy[1] - dx[1] * dy[0]
-    torch.testing.assert_close(determinant, torch.ones(500), atol=1e-3, rtol=0)  # a flip has -1
-    angles = torch.atan2(dy[0], dx[0]).rad2deg()
-    assert angles.abs().max() <= 7.01 and angles.min() < -6.5 and angles.max() > 6.5
-    for p in (x, y):
-        centre = p[:, 13:15, 13:15].mean(dim=(1, 2))  # turning it back leaves its length
-        assert 2.0 < centre.abs().max() <= 2.8 * math.sqrt(2)
-    radius = (
-        x[:, 13:15, 13:15].mean(dim=(1, 2)) ** 2 + y[:, 13:15, 13:15].mean(dim=(1, 2)) ** 2
-    ).sqrt()
-    assert radius.max() <= 2.8 * math.sqrt(2) + 1e-3
 
 
 # ---------------------------------------------------------------------------------------- metrics

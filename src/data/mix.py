@@ -3,20 +3,21 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributions import Gamma
 
 from data.dataset import Batch
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Each image becomes a mixture with the next one of its batch, in a share drawn anew each time.
+    """Each image becomes a mixture with its neighbour in the batch, all in one share, drawn anew
+    for each batch.
 
     The draws come from PyTorch's generator for the CPU, which a saved run keeps. With both kinds
     on, each batch gets one of them, with equal chances. With neither, a batch stays as it is, and
-    nothing is drawn.
+    nothing is drawn. Of several processes each mixes its own part of a batch.
 
     Args:
         num_classes: K.
@@ -34,8 +35,7 @@ class Mix:
         if not (self.mixup or self.cutmix) or len(batch.labels) == 0:
             return batch
         cuts = torch.rand(()) < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
-        alpha = self.cutmix if cuts else self.mixup
-        share = torch.distributions.Beta(alpha, alpha).sample().item()  # of the image itself
+        share = draw_share(self.cutmix if cuts else self.mixup)  # of the image itself
         others = batch.images.roll(1, dims=0)
         if cuts:
             images = batch.images.clone()
@@ -49,16 +49,29 @@ class Mix:
         return batch._replace(images=images, targets=targets, labels=labels)
 
 
+def draw_share(alpha: float) -> float:
+    """From Beta(alpha, alpha): how much the first of two gamma variables is of their sum.
+
+    In logarithms, since for a small alpha both are nearly 0: there PyTorch's own Beta, which
+    should be near 0 or 1, is 0.5.
+    """
+    one = torch.ones(2, dtype=torch.float64)
+    # Gamma(alpha) is Gamma(alpha + 1) times U^(1 / alpha) (Marsaglia and Tsang, 2000, section 6).
+    logs = Gamma(1 + alpha * one, one).sample().log() + torch.rand_like(one).log() / alpha
+    return (logs[0] - logs[1]).sigmoid().item()
+
+
 def draw_rectangle(area: float, height: int, width: int) -> tuple[slice, slice, float]:
     """Rows and columns of a rectangle, and the share of the image that lies outside of it.
 
     It has the image's proportions and `area` of its area, about a centre drawn anywhere in it; what
     would lie outside the image is cut off (CutMix, section 3.1).
     """
-    centre = torch.rand(2).numpy() * (height, width)
-    half = math.sqrt(area) * np.array((height, width)) / 2
-    low = np.clip(np.rint(centre - half), 0, (height, width)).astype(int)
-    high = np.clip(np.rint(centre + half), 0, (height, width)).astype(int)
-    (top, left), (bottom, right) = low, high
-    inside = (bottom - top) * (right - left) / (height * width)
-    return slice(top, bottom), slice(left, right), 1 - float(inside)
+
+    def extent(length: int) -> slice:
+        centre, half = torch.rand(()).item() * length, math.sqrt(area) * length / 2
+        return slice(max(0, round(centre - half)), min(length, round(centre + half)))
+
+    rows, columns = extent(height), extent(width)
+    replaced = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return rows, columns, 1 - replaced / (height * width)

@@ -80,6 +80,7 @@ def at_step(monkeypatch):
         "--swa_start 2 --swa_lr 1e-3 --scheduler onecycle --optimizer SGD(momentum=0.9)",
         "--optimizer LBFGS(lr=0.1,max_iter=3) --precision fp32 --scheduler plateau",
         "--recipe fast --warmup_epochs 1 --num_workers 2 --elastic 1 --pool mean",
+        "--mixup 0.4 --cutmix 1 --class_weights auto --random_crop 2 --rand_augment 2",
     ],
 )
 def test_a_run_that_is_stopped_thrice_goes_on_bit_for_bit(run, complete, folder, at_step, flags):
