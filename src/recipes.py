@@ -114,6 +114,9 @@ class Settings:
         "cls", "what the head reads: CLS, or the tokens' mean", choices=("cls", "mean")
     )
     pos_embed: str = model_flag("learned", "position embeddings", choices=("learned", "sincos2d"))
+    patch_drop: float = model_flag(
+        0.0, "share of the patches left out in training, for speed", number(0, 1)
+    )
 
     rotate: float = augmentation_flag(7.0, "degrees, at most, to either side", number(0, 181))
     translate: float = augmentation_flag(0.1, "shift, at most, in image sides", number(0, 1))

@@ -137,6 +137,26 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def drop_patches(x: Tensor, share: float, first: int = 0) -> Tensor:
+    """Leave a random share of each image's patches out, others for each image.
+
+    A network that sees half of the patches in training takes little more than half of the time, and
+    learns nearly as much from an image.
+
+    Source: Liu et al., "PatchDropout: Economizing Vision Transformers Using Patch Dropout" (2023).
+
+    Args:
+        first: how many tokens stay in any case, at the start: 1 with CLS.
+
+    Shape: (B, first + N, D) -> (B, first + K, D), K = N (1 - share), rounded, at least 1.
+    """
+    B, T, D = x.shape
+    kept = max(1, round((T - first) * (1 - share)))
+    order = torch.rand(B, T - first, device=x.device).argsort(dim=1)[:, :kept] + first  # (B, K)
+    patches = x.gather(1, order.unsqueeze(-1).expand(-1, -1, D))
+    return torch.cat((x[:, :first], patches), dim=1) if first else patches
+
+
 def sincos2d(side: int, embed_dim: int) -> Tensor:
     """Fixed position embeddings: sines and cosines of a patch's column, then of its row.
 
@@ -163,6 +183,7 @@ class ViT(nn.Module):
         pool: what the head reads: "cls", or "mean", the mean of the patches' tokens without any
             CLS token (Beyer et al., 2022).
         pos_embed: "learned", or "sincos2d", fixed.
+        patch_drop: share of the patches that are left out in training.
 
     Shape: (B, in_chans, img_size, img_size) -> logits (B, num_classes).
 
@@ -184,6 +205,7 @@ class ViT(nn.Module):
         dropout: float = 0.1,
         pool: str = "cls",
         pos_embed: str = "learned",
+        patch_drop: float = 0.0,
     ) -> None:
         super().__init__()
         if pool not in ("cls", "mean") or pos_embed not in ("learned", "sincos2d"):
@@ -191,7 +213,7 @@ class ViT(nn.Module):
                 f"pool {pool!r} and pos_embed {pos_embed!r} given, expected cls or mean and "
                 "learned or sincos2d"
             )
-        self.pool = pool
+        self.pool, self.patch_drop = pool, patch_drop
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         num_tokens = self.patch_embed.num_patches
         if pool == "cls":
@@ -225,7 +247,10 @@ class ViT(nn.Module):
         if self.pool == "cls":
             cls = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
             x = torch.cat((cls, x), dim=1)
-        return self.pos_drop(x + self.pos_embed)  # (B, T, D)
+        x = x + self.pos_embed
+        if self.training and self.patch_drop:
+            x = drop_patches(x, self.patch_drop, first=int(self.pool == "cls"))
+        return self.pos_drop(x)  # (B, T, D); T is smaller where patches were left out
 
     def features(self, x: Tensor) -> Tensor:
         """What the head reads: (B, in_chans, img_size, img_size) -> (B, D)."""

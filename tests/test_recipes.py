@@ -35,7 +35,8 @@ save_every_steps [1, 2147483648] img_size [4, 1024] random_crop [0, 64] rand_aug
 label_smoothing [0, 1) lr (0, inf) head_lr (0, inf) swa_lr (0, inf) weight_decay [0, inf)
 grad_clip [0, inf) ema_decay [0, 1) mlp_ratio (0, 1000) dropout [0, 1) rotate [0, 181)
 translate [0, 1) scale [0, 1) shear [0, 90) elastic [0, 28) erase [0, 1)
-hflip [0, 1) color_jitter [0, 1) mixup [0, inf) cutmix [0, inf) val_split (0, 1) test_split (0, 1)
+hflip [0, 1) patch_drop [0, 1) color_jitter [0, 1)
+mixup [0, inf) cutmix [0, inf) val_split (0, 1) test_split (0, 1)
 """
 NOTHING = object()
 

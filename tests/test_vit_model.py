@@ -194,3 +194,23 @@ def test_what_does_not_fit_is_told(arguments, error):
 def test_other_sizes_work():
     model = ViT(32, 8, 3, 7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=1.5).eval()
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_patches_are_left_out_in_training_only_and_others_for_each_image(pool):
+    torch.manual_seed(0)
+    model = ViT(embed_dim=8, depth=1, num_heads=2, dropout=0.0, pool=pool, patch_drop=0.25)
+    images, first = torch.randn(50, 1, 28, 28), int(pool == "cls")
+    whole = model.eval().embed(images)
+    assert whole.shape[1] == 16 + first
+    some = model.train().embed(images)
+    assert some.shape == (50, 12 + first, 8)
+    if first:
+        assert torch.equal(some[:, 0], whole[:, 0])
+    # Each token that is left is one of the image's own, with its own position, none twice.
+    same = (some[:, first:, None] == whole[:, None, first:]).all(dim=-1)  # (50, 12, 16)
+    assert torch.equal(same.sum(dim=2), torch.ones(50, 12, dtype=torch.long))
+    kept = same.any(dim=1)
+    assert torch.equal(kept.sum(dim=1), torch.full((50,), 12))
+    assert kept.float().mean(dim=0).min() > 0.5 and len(kept.unique(dim=0)) > 40
+    model(images).sum().backward()
