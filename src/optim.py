@@ -51,13 +51,14 @@ def build_optimizer(
     weight_decay: float,
     head_lr: float | None = None,
     no_decay: bool = False,
+    layer_decay: float = 1.0,
 ) -> Optimizer:
-    """The optimizer that `text` calls for, on the parameters of `model`.
+    """The optimizer that `text` calls for, on the parameters of `model` that learn.
 
     `lr` and `weight_decay` are used where the text does not set them and the optimizer has them.
     `head_lr` is the rate of the parameters under `head.`; `no_decay` exempts biases, norms, CLS
-    token and position embedding from weight decay. Where there are several groups, each has its
-    `name`.
+    token and position embedding from weight decay. `layer_decay` multiplies the rate once for each
+    layer below the topmost (see `_layer`). Where there are several groups, each has its `name`.
 
     Muon gets the weight matrices under `blocks.`, with a rate of 0.02 where the text sets none, and
     takes the packed projection for query, key and value as three; all else is AdamW's, with `lr`
@@ -68,12 +69,12 @@ def build_optimizer(
     not a call of a known optimizer, or this refuses its arguments.
     """
     call = parse_call(text, OPTIMIZERS)
-    _refuse_misuse(call, head_lr, no_decay)
+    _refuse_misuse(call, head_lr, no_decay, layer_decay)
     known, is_muon = signature_of(call.cls).parameters, call.cls is torch.optim.Muon
     filled = {"lr": 0.02 if is_muon else lr, "weight_decay": weight_decay}
     filled = {name: value for name, value in filled.items() if name in known}
     call = Call(call.cls, filled | call.arguments)
-    groups = _parameter_groups(model, head_lr, no_decay, is_muon)
+    groups = _parameter_groups(model, head_lr, no_decay, is_muon, by_layer=layer_decay != 1)
     _set_clipping(groups, call)
 
     arguments = {k: v for k, v in call.arguments.items() if not k.startswith("clip_grad_")}
@@ -91,6 +92,9 @@ def build_optimizer(
             optimizer = MuonWithAdamW(groups, muon=arguments, adamw=adamw)
         else:
             optimizer = call.cls(groups, **arguments)
+    for group in optimizer.param_groups:
+        if "below" in group:
+            group["lr"] *= layer_decay ** group.pop("below")
     optimizer.text, optimizer.base_lr = str(call), optimizer.param_groups[0]["lr"]
     if is_muon:
         optimizer.text += f" on the blocks' matrices, AdamW({lr=}, {weight_decay=}) on the rest"
@@ -108,6 +112,7 @@ def build_optimizer_and_schedule(
         weight_decay=settings.weight_decay,
         head_lr=settings.head_lr,
         no_decay=settings.no_decay,
+        layer_decay=settings.layer_decay,
     )
     schedule = build_scheduler(
         settings.scheduler,
@@ -124,7 +129,7 @@ def build_optimizer_and_schedule(
     return optimizer, schedule
 
 
-def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool) -> None:
+def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool, layer_decay: float) -> None:
     """Refuse what PyTorch accepts but this project cannot use, or has no memory for."""
     if call.cls is torch.optim.SparseAdam:
         raise UserError("SparseAdam needs sparse gradients and this model has none: take Adam")
@@ -137,37 +142,57 @@ def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool) -> None:
             raise UserError(
                 f"{call}: LBFGS learns from gradients as they are; they are not clipped"
             )
-        if head_lr is not None:
-            raise UserError("--head_lr: LBFGS takes all parameters as one group, leave it out")
+        for flag, is_set in (("head_lr", head_lr is not None), ("layer_decay", layer_decay != 1)):
+            if is_set:
+                raise UserError(f"--{flag}: LBFGS takes all parameters as one group, leave it out")
     if no_decay and "weight_decay" not in signature_of(call.cls).parameters:
         raise UserError(f"--no_decay: {call.cls.__name__} has no weight decay, leave it out")
 
 
 def _parameter_groups(
-    model: nn.Module, head_lr: float | None, no_decay: bool, is_muon: bool
+    model: nn.Module, head_lr: float | None, no_decay: bool, is_muon: bool, by_layer: bool
 ) -> list[dict[str, Any]]:
-    sorted_out: dict[tuple[bool, bool, bool], list[Tensor]] = {}
+    """The parameters that learn, sorted out; with `by_layer`, from the topmost layer down, each
+    group with how many layers it lies `below` that."""
+    top = len(getattr(model, "blocks", ())) + 1
+    sorted_out: dict[tuple[bool, bool, int, bool], list[Tensor]] = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         matrix = is_muon and name.startswith("blocks.") and p.ndim == 2
         head = head_lr is not None and name.startswith("head.")
+        below = top - _layer(name, top) if by_layer else 0
         bare = no_decay and (p.ndim < 2 or name in ("cls_token", "pos_embed"))
-        sorted_out.setdefault((matrix, head, bare), []).append(p)
-    if is_muon and not any(matrix for matrix, _, _ in sorted_out):
+        sorted_out.setdefault((matrix, head, below, bare), []).append(p)
+    if is_muon and not any(matrix for matrix, *_ in sorted_out):
         raise UserError("Muon updates the weight matrices under blocks. and this model has none")
-    if head_lr is not None and not any(head for _, head, _ in sorted_out):
+    if head_lr is not None and not any(head for _, head, *_ in sorted_out):
         raise UserError("--head_lr is for the parameters under head. and this model has none")
 
     groups = []
-    for (matrix, head, bare), params in sorted(sorted_out.items(), key=lambda item: item[0]):
+    for (matrix, head, below, bare), params in sorted(sorted_out.items(), key=lambda item: item[0]):
         group = {"params": params}
         if len(sorted_out) > 1:
-            group["name"] = "matrices" if matrix else "head" if head else "body"
-            group["name"] += ", no decay" if bare else ""
+            name = "matrices" if matrix else "head" if head else "body"
+            if by_layer and not head:
+                topmost = "norm and head" if head_lr is None else "norm"
+                layer = {0: topmost, top: "patches"}.get(below, f"block {top - below}")
+                name = f"{layer}, matrices" if matrix else layer
+            group["name"] = name + (", no decay" if bare else "")
         group |= {"muon": matrix} if is_muon else {}
         group |= {"lr": head_lr} if head else {}
+        group |= {"below": below} if below else {}
         group |= {"weight_decay": 0.0} if bare else {}
         groups.append(group)
     return groups
+
+
+def _layer(name: str, top: int) -> int:
+    """Where a parameter lies: 0 are patches, CLS token and positions, then come the blocks from 1,
+    then, at `top`, the final norm and the head (Bao et al., "BEiT", 2022, appendix)."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return 0 if name.startswith(("patch_embed.", "cls_token", "pos_embed")) else top
 
 
 def _set_clipping(groups: list[dict[str, Any]], call: Call) -> None:
@@ -248,11 +273,13 @@ def check_calls(
         except UserError as error:
             raise UserError(f"--{flag}: {error}") from None
     reasons = _idle_flags(calls["optimizer"], calls["scheduler"])
+    if given.get("freeze") == "backbone":
+        reasons |= _idle_in_a_probe(calls["optimizer"], given)
     if swa_lr is None:
         names = ("swa_anneal_epochs", "swa_anneal_strategy")
         reasons |= dict.fromkeys(names, "there is no --swa_lr to anneal to")
     for name, reason in reasons.items():
-        if name in given:
+        if name in given and (name, given[name]) != ("layer_decay", 1):  # which says it is off
             raise UserError(f"--{name} {given[name]} has no effect: {reason}; leave it out")
 
 
@@ -267,12 +294,26 @@ def _idle_flags(optimizer: Call, scheduler: Call) -> dict[str, str]:
                 reasons[name] = f"{optimizer.cls.__name__} has none"
     fixed = {lr_scheduler.OneCycleLR: {"max_lr"}, lr_scheduler.CyclicLR: {"base_lr", "max_lr"}}
     if scheduler.cls in fixed and fixed[scheduler.cls] <= scheduler.arguments.keys():
-        reasons |= dict.fromkeys(("lr", "head_lr"), f"{scheduler} sets all rates itself")
+        names = ("lr", "head_lr", "layer_decay")
+        reasons |= dict.fromkeys(names, f"{scheduler} sets all rates itself")
     max_norms = optimizer.arguments.get("clip_grad_max_norm")
     if optimizer.cls is LBFGS:
         reasons["grad_clip"] = "LBFGS learns from gradients as they are; they are not clipped"
     elif max_norms is not None and None not in (max_norms if type(max_norms) is list else []):
         reasons["grad_clip"] = f"{optimizer} clips by its own"
+    return reasons
+
+
+def _idle_in_a_probe(optimizer: Call, given: Mapping[str, Any]) -> dict[str, str]:
+    """Flags that have no effect with --freeze backbone, and why."""
+    if optimizer.cls is torch.optim.Muon:
+        raise UserError(
+            "Muon updates the weight matrices of the blocks, which --freeze backbone leaves as "
+            "they are: give --optimizer AdamW"
+        )
+    reasons = {"layer_decay": "with --freeze backbone only the head learns"}
+    if "head_lr" in given:
+        reasons["lr"] = f"{reasons['layer_decay']}, and --head_lr is its rate"
     return reasons
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.cli import integer, number
+from common.cli import integer, number, printable
 from common.errors import UserError
 from data.catalog import NAMED_SETS, PREPARATIONS
 
@@ -27,6 +27,7 @@ SECTIONS = {  # of --help, in its order
     "model": "model",
     "augmentation": "augmentation (strengths; 0: off)",
     "mixing": "mixing of images (0: off)",
+    "fine-tuning": "fine-tuning",
     "machine": "machine",
     "resuming": "stopping and resuming",
     "output": "what is written",
@@ -51,6 +52,7 @@ folder_flag, model_flag = partial(flag, "folder"), partial(flag, "model")
 optimization_flag = partial(flag, "optimization")
 augmentation_flag = partial(flag, "augmentation", off=0.0)
 mixing_flag = partial(flag, "mixing", off=0.0)
+finetuning_flag = partial(flag, "fine-tuning")
 machine_flag = partial(flag, "machine", changes=True)
 resuming_flag = partial(flag, "resuming", changes=True)
 output_flag = partial(flag, "output", changes=True, stored=False)
@@ -155,6 +157,22 @@ class Settings:
         0.0, "the same for a rectangle of a second image; with mixup, one or the other", number(0)
     )
 
+    init_from: str | None = finetuning_flag(
+        None,
+        "a trained ViT to start from, of this project, timm or torchvision (.pt, .pth or "
+        ".safetensors); the network's sizes come with it",
+        printable,
+        metavar="FILE",
+    )
+    freeze: str = finetuning_flag(
+        "none", "backbone: only the head learns, without dropout", choices=("none", "backbone")
+    )
+    layer_decay: float = finetuning_flag(
+        1.0,
+        "the learning rate of each block as a share of the next one's; 1: one rate for all",
+        number(0, 1, above=True, closed=True),
+    )
+
 
 # What `--recipe` names: settings that replace defaults; a flag given by hand wins over them. They
 # were chosen by validation accuracy.
@@ -199,6 +217,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "elastic": 0.6,
     },
 }
+
+# Sizes of the network that a trained model to start from fixes; its patches can be resampled.
+FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
 
 # What replaces a recipe's setting where a data set asks for it.
 DATASET_SETTINGS = {name: row.settings for name, row in NAMED_SETS.items()} | {"folder": {}}
@@ -360,15 +381,21 @@ def check_data_flags(dataset: str, given: Mapping[str, Any]) -> None:
 
 
 def resolve(
-    recipe: str, dataset: str, given: Mapping[str, Any], img_size: int | None = None
+    recipe: str,
+    dataset: str,
+    given: Mapping[str, Any],
+    img_size: int | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> Settings:
     """The settings of a run: the defaults, what replaces them in the recipe, what the data set asks
-    for, what was given by hand. Raises UserError if the settings don't fit together.
+    for, the sizes of a model to start from, what was given by hand. Raises UserError if the
+    settings don't fit together.
 
     Args:
         dataset: the name for --dataset.
         given: flags by name; those that are no settings are left out.
         img_size: side of the images; None: that of a named set, not yet known of a folder.
+        trained: arguments of `ViT` of the model that --init_from names.
     """
     names = {f.name for f in fields(Settings)}
     given = {name: value for name, value in given.items() if name in names}
@@ -384,6 +411,10 @@ def resolve(
             f"--random_crop {s.random_crop} reflects more pixels than the image's side of "
             f"{img_size} has: give at most {img_size - 1}"
         )
+    if trained:
+        s = replace(s, **_sizes_of_trained(trained, given, img_size))
+    if s.freeze == "backbone":
+        s = _for_linear_probe(s, given)
     if img_size is not None and img_size % s.patch_size != 0:
         divisors = [n for n in range(1, img_size + 1) if img_size % n == 0]
         if "patch_size" in given:
@@ -409,6 +440,39 @@ def resolve(
             "of them"
         )
     return s
+
+
+def _sizes_of_trained(
+    trained: Mapping[str, Any], given: Mapping[str, Any], img_size: int | None
+) -> dict[str, Any]:
+    """The settings that a model to start from fixes; its patch size where the image has 4 x 4 such
+    patches or more, and no other was given by hand.
+    """
+    for name in FIXED:
+        if given.get(name, trained[name]) != trained[name]:
+            raise UserError(
+                f"--{name} {given[name]} contradicts {given['init_from']}, whose {name} is "
+                f"{trained[name]}: give that, or leave it out"
+            )
+    sizes = {name: trained[name] for name in FIXED}
+    side = trained["patch_size"]
+    fits = img_size is None or (img_size % side == 0 and img_size // side >= 4)
+    return sizes | ({"patch_size": side} if fits and "patch_size" not in given else {})
+
+
+def _for_linear_probe(s: Settings, given: Mapping[str, Any]) -> Settings:
+    """The settings where only the head learns: a linear probe, without dropout before it."""
+    if s.init_from is None:
+        raise UserError(
+            "--freeze backbone: of a new model only the head would learn; name a trained one with "
+            "--init_from"
+        )
+    if given.get("dropout"):
+        raise UserError(
+            f"--dropout {given['dropout']} has no effect: with --freeze backbone nothing is "
+            "dropped; leave it out"
+        )
+    return replace(s, dropout=0.0)
 
 
 # --------------------------------------------------------------------------- as a checkpoint has it

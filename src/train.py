@@ -29,6 +29,7 @@ from data.load import load_on_all_processes
 from data.mix import Mix
 from optim import build_optimizer_and_schedule, check_calls, clip_gradients, needs_closure
 from optimizers.average import WeightAverage
+from saving.pretrained import Pretrained, read_on_all_processes, start_from
 from training.resume import SavedRun, check_same_images
 from training.run import Run, open_run
 from training.speed import keep_freed_memory, prepare
@@ -43,14 +44,14 @@ def main() -> None:
     keep_freed_memory()
     # A resumed run keeps its options; flags that recipes.py marks with `changes` may be given anew.
     with open_run(typed, given, world, device) as (options, saved):
-        settings, dataset = load_data(options, given, saved, world)
-        train(options, settings, dataset, saved, device, world)
+        settings, dataset, trained = load_data(options, given, saved, world)
+        train(options, settings, dataset, trained, saved, device, world)
 
 
 def load_data(
     options: Options, given: Mapping[str, Any], saved: SavedRun | None, world: World
-) -> tuple[Settings, Dataset]:
-    """The data set, and the settings of a run on it.
+) -> tuple[Settings, Dataset, Pretrained | None]:
+    """The data set, the settings of a run on it, and the trained model that it starts from, if any.
 
     The settings are resolved twice. First for the data set that is expected, so that most wrong
     flags are refused before a download; then for the one that was loaded, as the digits may have
@@ -61,22 +62,25 @@ def load_data(
     if saved:
         dataset = load_on_all_processes(saved.dataset, *how_to_load)
         check_same_images(saved, dataset)
-        return saved.settings, dataset
+        return saved.settings, dataset, None
     expected = "mnist" if options.dataset == "auto" else options.dataset
     check_data_flags(expected, given)
-    settings = resolve(options.recipe, expected, given)
+    trained = read_on_all_processes(given.get("init_from"), given.get("num_heads"), world)
+    sizes = trained and trained.config
+    settings = resolve(options.recipe, expected, given, trained=sizes)
     check_calls(settings.optimizer, settings.scheduler, swa_lr=settings.swa_lr, given=given)
     # Who names a folder wants what is in it: then the digits don't replace a missing MNIST.
     name = expected if "data_dir" in given else options.dataset
     dataset = load_on_all_processes(name, *how_to_load)
     img_size = dataset.image_shape[-1]
-    return resolve(options.recipe, dataset.source, given, img_size), dataset
+    return resolve(options.recipe, dataset.source, given, img_size, sizes), dataset, trained
 
 
 def train(
     options: Options,
     settings: Settings,
     dataset: Dataset,
+    trained: Pretrained | None,
     saved: SavedRun | None,
     device: torch.device,
     world: World,
@@ -84,6 +88,7 @@ def train(
     """Train a model, from the batches to the report.
 
     Args:
+        trained: the model to start from; None starts from random weights.
         saved: the run to resume; None starts a new one.
         world: the processes that train together, each on a part of every batch.
     """
@@ -106,6 +111,7 @@ def train(
     model_config = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes}
     model_config |= section_of(settings, "model")
     model = ViT(**model_config).to(device)
+    start_from(trained, model, dataset.class_names, freeze=settings.freeze)
     criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
     train_criterion, mix = criterion, Mix(num_classes, **section_of(settings, "mixing"))
     if settings.class_weights == "auto":  # of the training images; the others count alike

@@ -1,6 +1,7 @@
 """src/optim.py: groups, clipping, every optimizer's steps and state, flags, --list and --plot."""
 
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,10 @@ from common.errors import UserError
 from optim import build_optimizer, check_calls, clip_gradients
 from optimizers.calls import OPTIMIZERS, SCHEDULERS
 from optimizers.gallery import GALLERY
+from optimizers.schedule import build_scheduler
+from vit_model import ViT
 
+PROBE = {"freeze": "backbone"}
 SCRIPT = Path(__file__).parents[1] / "src" / "optim.py"
 
 
@@ -90,12 +94,93 @@ def test_no_decay_spares_biases_norms_cls_token_and_positions():
     assert sum(len(members) for members, _, _ in found.values()) == len(names)
 
 
+def rates(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, float]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = optimizer.param_groups
+    return {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+
+
+def three_blocks() -> ViT:
+    return ViT(img_size=8, patch_size=4, embed_dim=8, depth=3, num_heads=2)
+
+
+def layer(name: str) -> int:
+    """Counted as BEiT's appendix does, for three blocks."""
+    block = re.match(r"blocks\.(\d)\.", name)
+    return 1 + int(block[1]) if block else 4 if name.startswith(("norm", "head")) else 0
+
+
+@pytest.mark.parametrize("text", ["AdamW", "SGD(lr=0.01, momentum=0.9)", "LAMB"])
+@pytest.mark.parametrize("no_decay", [False, True])
+def test_layer_decay_lowers_the_rate_by_a_power_a_layer(text, no_decay):
+    model = three_blocks()
+    optimizer = build_optimizer(text, model, **RUN, no_decay=no_decay, layer_decay=0.5)
+    found = rates(optimizer, model)
+    assert found == {n: 0.01 * 0.5 ** (4 - layer(n)) for n, _ in model.named_parameters()}
+    names = [group["name"] for group in optimizer.param_groups]
+    assert [name for name in names if "," not in name] == [
+        *("norm and head", "block 3", "block 2", "block 1", "patches")
+    ]
+    assert len(set(names)) == len(names) == (10 if no_decay else 5)
+    assert optimizer.base_lr == 0.01
+    spared = {g["name"] for g in optimizer.param_groups if g["weight_decay"] == 0.0}
+    assert spared == {name for name in names if name.endswith(", no decay")}
+
+
+def test_layer_decay_leaves_a_head_of_its_own_rate_alone():
+    model = three_blocks()
+    optimizer = build_optimizer("AdamW", model, **RUN, head_lr=0.3, layer_decay=0.5)
+    found = rates(optimizer, model)
+    assert found["head.weight"] == found["head.bias"] == 0.3
+    assert (found["norm.weight"], found["blocks.2.norm1.bias"]) == (0.01, 0.005)
+    names = [group["name"] for group in optimizer.param_groups]
+    assert names == ["norm", "block 3", "block 2", "block 1", "patches", "head"]
+
+
+@pytest.mark.parametrize("text", ["Muon", "Muon(lr=0.04)"])
+def test_layer_decay_holds_for_both_halves_of_muon(text):
+    model = three_blocks()
+    optimizer = build_optimizer(text, model, **RUN, layer_decay=0.5)
+    of_muon = 0.04 if "0.04" in text else 0.02
+    for name, rate in rates(optimizer, model).items():
+        matrix = name.startswith("blocks.") and name.endswith(
+            ("proj_weight", "j.weight", "p.0.weight", "p.3.weight")
+        )
+        assert rate == (of_muon if matrix else 0.01) * 0.5 ** (4 - layer(name)), name
+    names = [group["name"] for group in optimizer.param_groups]
+    assert names[:2] == ["norm and head", "block 3"] and names[-1] == "block 1, matrices"
+    schedule = build_scheduler("OneCycleLR", optimizer, epochs=2, steps_per_epoch=5)
+    assert "max_lr=[0.01, 0.005, 0.0025, 0.00125, 0.000625, " in str(schedule)
+
+
+def test_layer_decay_1_is_off():
+    for text in ("AdamW", "Muon"):
+        model = tiny_vit()
+        plain, off = (build_optimizer(text, model, **RUN, **d) for d in ({}, {"layer_decay": 1.0}))
+        for a, b in zip(plain.param_groups, off.param_groups, strict=True):
+            assert a.keys() == b.keys() and (a["lr"], len(a["params"])) == (
+                b["lr"],
+                len(b["params"]),
+            )
+
+
+def test_what_is_frozen_is_in_no_group():
+    model = tiny_vit()
+    model.requires_grad_(False).head.requires_grad_()
+    for text in ("AdamW", "SGD", "LBFGS"):
+        assert rates(build_optimizer(text, model, **RUN), model).keys() == {
+            "head.weight",
+            "head.bias",
+        }
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "message"),
     [
         ("AdamW", {"head_lr": 0.1}, "under head. and this model has none"),
         ("Muon", {}, "under blocks. and this model has none"),
         ("LBFGS", {"head_lr": 0.1}, "--head_lr: LBFGS takes all parameters as one group"),
+        ("LBFGS", {"layer_decay": 0.1}, "--layer_decay: LBFGS takes all parameters as one group"),
         ("Rprop", {"no_decay": True}, "--no_decay: Rprop has no weight decay"),
     ],
 )
@@ -149,6 +234,14 @@ def test_the_text_sets_the_clipping_of_every_group():
         ({"scheduler": "CyclicLR(base_lr=0.1, max_lr=0.5)"}, {"lr": 0.1}, "all rates itself"),
         ({"optimizer": "LBFGS"}, {"grad_clip": 2.0}, "--grad_clip 2.0 .* LBFGS .*not clipped"),
         ({"optimizer": "SGD(clip_grad_max_norm=1)"}, {"grad_clip": 2.0}, "clips by its own"),
+        ({"scheduler": "OneCycleLR(max_lr=0.5)"}, {"layer_decay": 0.9}, "--layer_d.* all rates"),
+        ({}, PROBE | {"layer_decay": 0.9}, "--layer_decay 0.9 .* only the head learns"),
+        ({}, PROBE | {"lr": 0.1, "head_lr": 1.0}, "--lr 0.1 .* and --head_lr is its rate"),
+        (
+            {"optimizer": "Muon"},
+            PROBE,
+            "Muon .* which --freeze backbone leaves .*--optimizer AdamW",
+        ),
         ({}, {"swa_anneal_epochs": 7}, "--swa_anneal_epochs 7 .* no --swa_lr"),
         ({}, {"swa_anneal_strategy": "linear"}, "--swa_anneal_strategy .* no --swa_lr"),
     ],
@@ -163,6 +256,9 @@ def test_flags_with_an_effect_are_taken():
     given = {"lr": 1.0, "weight_decay": 1.0, "grad_clip": 1.0, "swa_anneal_epochs": 1}
     muon = "Muon(lr=0.1, weight_decay=0.1, clip_grad_max_norm=[1, None])"  # the rest is AdamW's
     check_calls(muon, "CyclicLR(max_lr=1)", swa_lr=0.1, given=given)
+    check_calls("AdamW", "OneCycleLR(max_lr=1)", swa_lr=None, given={"layer_decay": 1.0})
+    for rate in ("lr", "head_lr"):
+        check_calls("AdamW", "cosine", swa_lr=None, given=PROBE | {rate: 0.1})
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -35,6 +35,7 @@ save_every_steps [1, 2147483648] img_size [4, 1024] random_crop [0, 64] rand_aug
 label_smoothing [0, 1) lr (0, inf) head_lr (0, inf) swa_lr (0, inf) weight_decay [0, inf)
 grad_clip [0, inf) ema_decay [0, 1) mlp_ratio (0, 1000) dropout [0, 1) rotate [0, 181)
 translate [0, 1) scale [0, 1) shear [0, 90) elastic [0, 28) erase [0, 1)
+layer_decay (0, 1.0]
 hflip [0, 1) patch_drop [0, 1) color_jitter [0, 1)
 mixup [0, inf) cutmix [0, inf) val_split (0, 1) test_split (0, 1)
 """
@@ -104,12 +105,77 @@ def test_a_setting_from_before_there_was_one_is_off_and_an_option_must_be_there(
             from_stored(stored(**{name: NOTHING}))
 
 
+TRAINED = {"img_size": 224, "patch_size": 16, "in_chans": 3, "num_classes": 1000, "num_heads": 3}
+TRAINED |= {"embed_dim": 192, "depth": 12, "mlp_ratio": 4.0, "pool": "cls", "pos_embed": "learned"}
+FROM = {"init_from": "vit.pt"}
+
+
+def test_the_sizes_of_a_model_to_start_from_win_over_the_recipe():
+    settings = resolve("fast", "digits", FROM | {"lr": 0.5}, trained=TRAINED)
+    found = asdict(settings)
+    names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
+    assert {name: found[name] for name in names} == {name: TRAINED[name] for name in names}
+    assert (settings.lr, settings.epochs, settings.dropout) == (
+        0.5,
+        100,
+        RECIPES["fast"]["dropout"],
+    )
+    assert resolve("fast", "digits", FROM | {"depth": 12}, trained=TRAINED).depth == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("embed_dim", 96), ("depth", 4), ("num_heads", 4), ("mlp_ratio", 2.0), ("pool", "mean")],
+)
+def test_a_size_that_contradicts_a_model_to_start_from_is_refused(name, value):
+    message = f"--{name} {value} contradicts vit.pt, whose {name} is {TRAINED[name]}: give that"
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve("article", "mnist", FROM | {name: value}, trained=TRAINED)
+
+
+@pytest.mark.parametrize(
+    ("img_size", "of_file", "by_hand", "expected"),
+    [
+        (64, 16, {}, 16),  # 4 x 4
+        (48, 16, {}, 6),  # 3 x 3 only: 8 x 8 as without a file
+        (28, 16, {}, 7),  # does not divide: the recipe's
+        (32, 7, {}, 4),
+        (32, 8, {"patch_size": 2}, 2),
+        (None, 16, {}, 16),  # a folder, not yet read
+    ],
+)
+def test_patches_are_the_files_where_they_fit_the_image(img_size, of_file, by_hand, expected):
+    trained = TRAINED | {"patch_size": of_file}
+    settings = resolve("article", "folder", FROM | by_hand, img_size, trained)
+    assert settings.patch_size == expected
+
+
+def test_a_linear_probe_needs_a_trained_model_and_drops_nothing():
+    probe = FROM | {"freeze": "backbone"}
+    settings = resolve("article", "mnist", probe, trained=TRAINED)
+    assert settings.dropout == 0.0
+    assert resolve("article", "mnist", asdict(settings)) == settings  # as a run is resumed
+    with pytest.raises(
+        UserError, match=r"--freeze backbone: .*name a trained one with --init_from"
+    ):
+        resolve("article", "mnist", {"freeze": "backbone"})
+    with pytest.raises(UserError, match=r"--dropout 0\.2 has no effect"):
+        resolve("article", "mnist", probe | {"dropout": 0.2}, trained=TRAINED)
+
+
+def test_a_path_is_stored_only_if_it_can_be_printed():
+    assert from_stored(stored(init_from="a b/ä.pt"))[1]["init_from"] == "a b/ä.pt"
+    for odd in ("", "\x1b[2J", "two\nlines", "\udcff", "x" * 2000):
+        with pytest.raises(ValueError, match=r"its init_from: .* of at most 1000 printable"):
+            from_stored(stored(init_from=odd))
+
+
 def test_every_number_has_its_bounds():
     bounds = re.findall(r"(\w+) ([\[(])(\S+), (\S+)([\])])", BOUNDS)
     numbers = {name for name, flag in FLAGS.items() if "." in flag.metadata["type"].__qualname__}
     assert {name for name, *_ in bounds} == numbers
     for name, start, low, high, end in bounds:
-        kind, step = (int, 1) if end == "]" else (float, 1e-9)
+        kind, step = (int, 1) if end == "]" and "." not in high else (float, 1e-9)
         low, high = kind(low), min(kind(high), 1e300)
         for value in (low + step * (start == "("), high - step * (end == ")")):
             assert parse_args([f"--{name}={value}"])[1][name] == value

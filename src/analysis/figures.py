@@ -88,7 +88,8 @@ def training_curves(history: dict[str, Any]) -> Figure:
         if rates not in groups.values():
             groups[group] = rates
     for i, (group, rates) in enumerate(groups.items()):
-        rate.plot(epochs, rates, label=group, **_look(i), **line)
+        named = i < 3 or i >= len(groups) - 3  # with a rate for each layer there may be dozens
+        rate.plot(epochs, rates, label=group if named else None, **_look(i), **line)
     plot(norm, "grad_norm", color=GREY)
     for axes in (loss, top1, *([rate] if len(groups) > 1 else [])):
         axes.legend(frameon=False)

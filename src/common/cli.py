@@ -66,21 +66,36 @@ def integer(minimum: int, maximum: int = 2**31) -> Callable[[str], int]:
     return parse
 
 
-def number(minimum: float, maximum: float = math.inf, *, above: bool = False) -> Callable:
-    """An argparse type: a finite number from `minimum` (or `above` it) to below `maximum`."""
+def number(
+    minimum: float, maximum: float = math.inf, *, above: bool = False, closed: bool = False
+) -> Callable[[str], float]:
+    """An argparse type: a finite number from `minimum` (or `above` it) to below `maximum` (or, if
+    `closed`, to it).
+    """
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (minimum < value if above else minimum <= value) or not value < maximum:
+        high_enough = minimum < value if above else minimum <= value
+        if not high_enough or not (value < maximum or (closed and value == maximum)):
             expected = f"{'above' if above else 'of at least'} {minimum:g}"
-            expected += f" and below {maximum:g}" if maximum < math.inf else ""
+            limit = "at most" if closed else "below"
+            expected += f" and {limit} {maximum:g}" if maximum < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text!r} given, expected a number {expected}")
         return value
 
     return parse
+
+
+def printable(text: str) -> str:
+    """An argparse type: a path that may be printed, also one that a file from a stranger names."""
+    if not 0 < len(text) <= 1000 or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r} given, expected a path of at most 1000 printable characters"
+        )
+    return text
 
 
 def print_test_result(dataset: str, loss: float, top1: float, top5: float) -> None:

@@ -18,8 +18,10 @@ import hashlib
 import io
 import platform
 import sys
+from collections.abc import Mapping
 from math import isqrt
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -106,8 +108,8 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
     checkpoint = {**PUBLISHED, **read_checkpoint(path)}
     state = checkpoint["model_state_dict"]
     try:
-        config = _validated_config(checkpoint.get("model_config", {}), state)
-        _check_tensors(state, config, path.stat().st_size)
+        config = validated_config(checkpoint.get("model_config", {}), state)
+        check_tensors(state, config, path.stat().st_size)
         checkpoint |= _validated_description(checkpoint, config)
         model = _rebuild(state, config)
     except Exception as error:  # a value of a wrong kind can raise anything
@@ -158,7 +160,11 @@ def _read_whole(path: Path) -> bytes:
 
 
 def refusal(
-    path: Path, error: Exception, reason: str = "", what: str = "a checkpoint of this ViT"
+    path: Path,
+    error: Exception,
+    reason: str = "",
+    what: str = "a checkpoint of this ViT",
+    advice: str = ADVICE,
 ) -> UserError:
     """One line that says why a file is not used: the `reason`, else what the `error` says."""
     if is_out_of_memory(error):
@@ -169,13 +175,13 @@ def refusal(
         )
     reason = reason or (f"it has no {error}" if isinstance(error, KeyError) else str(error))
     reason = "".join(filter(str.isprintable, " ".join(reason.split())))[:200]  # it may quote names
-    return UserError(f"{path} is not {what}: {reason}; {ADVICE}")
+    return UserError(f"{path} is not {what}: {reason}; {advice}")
 
 
 # ------------------------------------------------------------------------------------------- check
 
 
-def _validated_config(stated: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+def validated_config(stated: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of `ViT`: the sizes that the tensors' shapes tell, and what is `stated`."""
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     pool = "cls" if "cls_token" in state else "mean"
@@ -199,8 +205,17 @@ def _validated_config(stated: dict[str, Any], state: dict[str, Tensor]) -> dict[
     return {**config, "mlp_ratio": float(config["mlp_ratio"])}
 
 
-def _check_tensors(state: dict[str, Tensor], config: dict[str, Any], file_size: int) -> None:
-    """Raise ValueError unless these are the model's tensors, before any memory is taken for it."""
+def check_tensors(
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    file_size: int,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Raise ValueError unless these are the model's tensors, before any memory is taken for it.
+
+    Args:
+        names: what the file calls them, where not by our names.
+    """
     with torch.device("meta"):
         one_block = ViT(**{**config, "depth": 1}).state_dict()
     shapes = {
@@ -209,10 +224,14 @@ def _check_tensors(state: dict[str, Tensor], config: dict[str, Any], file_size: 
         for name, tensor in one_block.items()
     }
     for name in shapes | state:
-        if name not in shapes or name not in state or state[name].shape != shapes[name]:
-            raise ValueError(f"its {name} is missing, unknown, or not of its model_config's shape")
+        told = names.get(name, name)
+        if name not in shapes or name not in state:
+            raise ValueError(f"its {told} is {'unknown' if name in state else 'missing'}")
+        if state[name].shape != shapes[name]:
+            found, expected = tuple(state[name].shape), tuple(shapes[name])
+            raise ValueError(f"its {told} has the shape {found}, expected {expected}")
         if not state[name].is_floating_point() or state[name].layout is not torch.strided:
-            raise ValueError(f"its {name} is not a dense tensor of real numbers")
+            raise ValueError(f"its {told} is not a dense tensor of real numbers")
     # A tensor may repeat one stored number a million times.
     if sum(tensor.numel() for tensor in state.values()) > file_size:
         raise ValueError("its tensors are larger than the file")
@@ -295,8 +314,13 @@ def _rebuild(state: dict[str, Tensor], config: dict[str, Any]) -> ViT:
     with torch.device("meta"):  # draws no random number: the caller's generators stay as they are
         model = ViT(**config)
     model.to_empty(device="cpu").load_state_dict(state)
-    if not all(tensor.abs().max() <= MAX_WEIGHT for tensor in model.state_dict().values()):
+    check_weights(model.state_dict())
+    return model.eval()
+
+
+def check_weights(state: dict[str, Tensor]) -> None:
+    """Raise ValueError unless all are numbers with which a model computes."""
+    if not all(tensor.abs().max() <= MAX_WEIGHT for tensor in state.values()):
         raise ValueError(
             f"its weights are not all numbers between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}"
         )
-    return model.eval()

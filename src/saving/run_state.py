@@ -112,7 +112,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], model: nn.Module
     Raises Exception if the state is not such an optimizer's.
     """
     if isinstance(optimizer, torch.optim.LBFGS):  # not fused, and with lists that grow
-        length = sum(p.numel() for p in model.parameters())
+        length = sum(p.numel() for p in optimizer.param_groups[0]["params"])
         allowed = {0: {name: [(), (length,), list, None] for name in state["state"].get(0, {})}}
     else:
         allowed = _shapes_after_a_step(optimizer, model)
@@ -131,8 +131,9 @@ def _shapes_after_a_step(optimizer: Optimizer, model: nn.Module) -> dict[int, di
     """The shapes that each value of the optimizer's state may have, None for a number; the model
     stays as it is."""
     weights = copy.deepcopy(model.state_dict())
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
     # The class's own step: schedules count the calls of the instance's.
     type(optimizer).step(optimizer)
     optimizer.zero_grad()

@@ -137,7 +137,10 @@ class Run:
         options, world = self.options, self.world
         sizes = " / ".join(f"{len(loader.split):,}" for loader in self.loaders)
         print(f"data:     {self.dataset.name}, {sizes} images to train, validate, test")
-        print(f"model:    ViT, {count_parameters(self.model):,} parameters")
+        frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+        learning = count_parameters(self.model)
+        of_them = f", {learning:,} of them learn" if frozen else ""
+        print(f"model:    ViT, {frozen + learning:,} parameters{of_them}")
         processes = f", {world.size} processes" if world.size > 1 else ""
         device = f"{describe_device(self.device)}{processes}, {self.precision}"
         print(f"device:   {device}, seed {options.seed}")
