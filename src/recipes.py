@@ -402,10 +402,13 @@ def resolve(
     s = Settings(**{**RECIPES[recipe], **DATASET_SETTINGS[dataset], **given})
     if dataset in NAMED_SETS:
         img_size = NAMED_SETS[dataset].img_size
-        if s.hflip and not NAMED_SETS[dataset].mirrors:
-            raise UserError(
-                f"--hflip: a mirrored image of {dataset} may be one of another class; leave it out"
-            )
+        if not NAMED_SETS[dataset].mirrors:
+            if given.get("hflip"):
+                raise UserError(
+                    f"--hflip: a mirrored image of {dataset} may be one of another class; leave it "
+                    "out"
+                )
+            s = replace(s, hflip=0.0)  # a recipe's
     if img_size is not None and s.random_crop >= img_size:
         raise UserError(
             f"--random_crop {s.random_crop} reflects more pixels than the image's side of "

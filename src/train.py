@@ -33,7 +33,7 @@ from saving.pretrained import Pretrained, read_on_all_processes, start_from
 from training.resume import SavedRun, check_same_images
 from training.run import Run, open_run
 from training.speed import keep_freed_memory, prepare
-from utils import Batch, class_weights, evaluate, make_loaders
+from utils import Batch, BatchLoader, class_weights, evaluate, make_loaders
 from vit_model import ViT
 
 
@@ -92,32 +92,20 @@ def train(
         saved: the run to resume; None starts a new one.
         world: the processes that train together, each on a part of every batch.
     """
-    loaders = make_loaders(
-        dataset,
-        settings.batch_size,
-        options.num_workers,
-        device=device,
-        seed=options.seed,
-        train_samples=options.train_samples,
-        augment=Augment(**section_of(settings, "augmentation")),
-        world=world,
-    )
+    augment = Augment(**section_of(settings, "augmentation"))
+    sizes = settings.batch_size, options.num_workers
+    drawn = {"seed": options.seed, "train_samples": options.train_samples, "augment": augment}
+    loaders = make_loaders(dataset, *sizes, device=device, **drawn, world=world)
     train_loader, val_loader, test_loader = loaders
 
     # The same in all processes, so that they draw the same weights; `run.start` seeds them anew.
     torch.manual_seed(options.seed)
-    in_chans, img_size, _ = dataset.image_shape
-    num_classes = len(dataset.class_names)
-    model_config = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes}
-    model_config |= section_of(settings, "model")
+    model_config = describe_model(settings, dataset)
     model = ViT(**model_config).to(device)
     start_from(trained, model, dataset.class_names, freeze=settings.freeze)
-    criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    train_criterion, mix = criterion, Mix(num_classes, **section_of(settings, "mixing"))
-    if settings.class_weights == "auto":  # of the training images; the others count alike
-        weights = class_weights(train_loader.split.labels, num_classes)
-        smoothing = settings.label_smoothing
-        train_criterion = nn.CrossEntropyLoss(weights, label_smoothing=smoothing, reduction="sum")
+    num_classes = len(dataset.class_names)
+    mix = Mix(num_classes, **section_of(settings, "mixing"))
+    train_criterion, criterion = build_criteria(settings, train_loader, num_classes)
     optimizer, schedule = build_optimizer_and_schedule(settings, model, len(train_loader))
     average = WeightAverage(model, ema_decay=settings.ema_decay, swa_start=settings.swa_start)
 
@@ -148,6 +136,25 @@ def train(
             schedule.step_epoch(validation.loss)
             run.end_epoch(validation)  # writes last.pt, and best_model.pt if it is the best so far
     run.finish(evaluate(run.best_model(), test_loader, criterion, device, world))
+
+
+def describe_model(settings: Settings, dataset: Dataset) -> dict[str, Any]:
+    """The arguments of `ViT`."""
+    in_chans, img_size, _ = dataset.image_shape
+    sizes = {"img_size": img_size, "in_chans": in_chans, "num_classes": len(dataset.class_names)}
+    return sizes | section_of(settings, "model")
+
+
+def build_criteria(
+    settings: Settings, train_loader: BatchLoader, num_classes: int
+) -> tuple[nn.Module, nn.Module]:
+    """The losses to train with and to score with: the latter never weighs classes."""
+    smoothing = settings.label_smoothing
+    criterion = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    if settings.class_weights == "none":
+        return criterion, criterion
+    weights = class_weights(train_loader.split.labels, num_classes)
+    return nn.CrossEntropyLoss(weights, label_smoothing=smoothing, reduction="sum"), criterion
 
 
 def forward_backward(
