@@ -21,7 +21,7 @@ import optim
 from common import cli, distributed, startup
 from common.device import choose_device, choose_precision
 from common.distributed import World
-from data.mnist import load_mnist
+from data.load import load_dataset
 from recipes import Settings, add_flags
 from training.speed import keep_freed_memory
 from utils import make_loaders
@@ -45,7 +45,7 @@ def work(
         model = ViT().to(device).train()
         samples = steps * DEFAULTS.batch_size
         loader = make_loaders(
-            load_mnist(data_dir), device=device, train_samples=samples, world=world
+            load_dataset("mnist", data_dir), device=device, train_samples=samples, world=world
         )[0]
         rates = {"lr": DEFAULTS.lr, "weight_decay": DEFAULTS.weight_decay}
         optimizer = optim.build_optimizer("AdamW", model, **rates)
@@ -82,7 +82,7 @@ def main() -> None:
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)
-    load_mnist(args.data_dir)  # tells what is wrong with it in one line
+    load_dataset("mnist", args.data_dir)  # tells what is wrong with it in one line
     threads = {size: max(1, startup.cores() // size) for size in args.processes}
     turns = [
         [turn(size, device, args.data_dir, args.steps, threads[size]) for size in args.processes]

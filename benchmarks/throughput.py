@@ -27,7 +27,7 @@ import utils
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
-from data.mnist import load_mnist
+from data.load import load_dataset
 from recipes import Settings, add_flags
 from training.speed import compile_network, keep_freed_memory
 from vit_model import TransformerBlock, ViT
@@ -148,7 +148,7 @@ def main() -> None:
             f"--steps x --batch_size are {images} images, MNIST trains on 54,000: lower one"
         )
     keep_freed_memory()
-    dataset = load_mnist(args.data_dir)
+    dataset = load_dataset("mnist", args.data_dir)
     loader = utils.make_loaders(dataset, args.batch_size, device=device, train_samples=images)[0]
     criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS.label_smoothing)
 

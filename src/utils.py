@@ -20,7 +20,7 @@ from common.distributed import SINGLE_PROCESS, World
 from common.progress import update_todo_md  # noqa: F401 re-exported
 from data.augment import Augment
 from data.dataset import Batch, Dataset, Split, per_channel  # noqa: F401 Batch is re-exported
-from data.mnist import load_mnist
+from data.load import load_dataset
 
 PUBLISHED_AUGMENT = Augment()
 
@@ -159,8 +159,8 @@ def make_loaders(
 def get_mnist_loaders(
     data_dir: str | Path = "./mnist", batch_size: int = 128, num_workers: int = 0, **kwargs
 ) -> tuple[BatchLoader, BatchLoader, BatchLoader]:
-    """MNIST's training, validation and test loaders; see `load_mnist` and `make_loaders`."""
-    return make_loaders(load_mnist(data_dir), batch_size, num_workers, **kwargs)
+    """MNIST's training, validation and test loaders; see `load_dataset` and `make_loaders`."""
+    return make_loaders(load_dataset("mnist", data_dir), batch_size, num_workers, **kwargs)
 
 
 def class_weights(labels: Tensor, num_classes: int) -> Tensor:

@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, settings
 
 import train
 from common import cli, startup
-from data.mnist import MNIST_FILES
+from data.catalog import MNIST_FILES
 from training import run_files
 
 # A shell that runs the tests in the background has them, and all they start, ignore Ctrl-C.
@@ -39,7 +39,7 @@ if hasattr(signal, "SIGHUP"):  # under nohup the same
 ROOT = Path(__file__).parents[1]
 MNIST = ROOT / "mnist"
 needs_mnist = pytest.mark.skipif(
-    not all((MNIST / "MNIST" / "raw" / f"{name}.gz").is_file() for name in MNIST_FILES),
+    not all((MNIST / file.path).is_file() for file in MNIST_FILES),
     reason="no MNIST in ./mnist",
 )
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")

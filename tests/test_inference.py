@@ -15,7 +15,7 @@ from PIL import Image
 import inference
 from analysis import figures, model_figures
 from data.digits import load_digits
-from data.mnist import load_mnist
+from data.load import load_dataset
 from vit_model import ViT
 
 
@@ -41,7 +41,7 @@ def test_a_published_checkpoint_scores_as_it_did(run, tmp_path):
     torch.manual_seed(0)
     model = ViT(depth=1).eval()
     optimizer = torch.optim.AdamW(model.parameters())
-    data = load_mnist(MNIST)
+    data = load_dataset("mnist", MNIST)
     for part in (data.train[start : start + 128] for start in range(0, 6400, 128)):
         optimizer.zero_grad()
         images = (part.images / 255 - 0.1307) / 0.3081

@@ -12,9 +12,10 @@ from torch import nn
 import utils
 from common.errors import UserError
 from common.progress import reset_todo_md, update_todo_md
-from data.dataset import DataMissingError, Split
+from data.catalog import MNIST_FILES
+from data.dataset import Split
 from data.digits import load_digits
-from data.mnist import MNIST_FILES, load_mnist
+from data.load import load_dataset
 from utils import BatchLoader, accuracy, evaluate
 
 
@@ -43,7 +44,7 @@ def test_digits_are_divided_without_overlap_or_loss_in_mnists_form(digits):
 
 @needs_mnist
 def test_mnist_is_divided_as_published():
-    data = load_mnist(MNIST)
+    data = load_dataset("mnist", MNIST)
     assert [len(part) for part in (data.train, data.val, data.test)] == [54_000, 6_000, 10_000]
     classes = torch.cat((data.train.labels, data.val.labels))
     assert classes.bincount().tolist()[:3] == [5923, 6742, 5958]
@@ -61,10 +62,10 @@ def test_mnist_is_divided_as_published():
 def test_unpacked_mnist_files_serve_too(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in MNIST_FILES:
-        packed = (MNIST / "MNIST" / "raw" / f"{name}.gz").read_bytes()
-        (raw / name).write_bytes(gzip.decompress(packed))
-    data, same = load_mnist(tmp_path), load_mnist(MNIST)
+    for file in MNIST_FILES:
+        unpacked = (tmp_path / file.path).with_suffix("")
+        unpacked.write_bytes(gzip.decompress((MNIST / file.path).read_bytes()))
+    data, same = load_dataset("mnist", tmp_path), load_dataset("mnist", MNIST)
     assert torch.equal(data.train.images, same.train.images)
     assert torch.equal(data.test.labels, same.test.labels)
 
@@ -74,38 +75,20 @@ def test_unpacked_mnist_files_serve_too(tmp_path):
         images.write_bytes(damaged)
         message = rf"t10k-images-idx3-ubyte is damaged: {len(damaged)} bytes .*2646ac647ad5339dbf"
         with pytest.raises(UserError, match=message):
-            load_mnist(tmp_path)
+            load_dataset("mnist", tmp_path)
 
 
 def test_a_damaged_file_is_named_with_what_was_expected(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in MNIST_FILES:
-        (raw / f"{name}.gz").write_bytes(b"not the published file")
+    for file in MNIST_FILES:
+        (tmp_path / file.path).write_bytes(b"not the published file")
     with pytest.raises(UserError) as caught:
-        load_mnist(tmp_path)
+        load_dataset("mnist", tmp_path)
     message = str(caught.value)
     assert "train-images-idx3-ubyte.gz is damaged" in message
     assert "f68b3c2dcbeaaa9fbdd348bbdeb94873" in message and "delete it" in message
     assert (raw / "train-images-idx3-ubyte.gz").read_bytes() == b"not the published file"
-
-
-def test_missing_files_are_named_with_where_they_go(tmp_path, offline):
-    with pytest.raises(DataMissingError) as caught:
-        load_mnist(tmp_path / "none")
-    message = str(caught.value)
-    for name, file in MNIST_FILES.items():
-        assert f"{name}.gz (MD5 {file.packed_md5})" in message
-    assert str(tmp_path / "none" / "MNIST" / "raw") in message
-
-
-@pytest.mark.parametrize("there", ["", "data", "data/mnist", "data/mnist/MNIST/raw"])
-def test_a_failed_download_removes_the_folders_that_it_made_and_no_others(tmp_path, offline, there):
-    (tmp_path / there).mkdir(parents=True, exist_ok=True)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataMissingError):
-        load_mnist(tmp_path / "data" / "mnist")
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -59,11 +59,18 @@ def write_json(path: str | Path, data: Any, keep: str | Path | None = None) -> N
 
 def read_bytes(path: Path, limit: int = -1) -> bytes:
     """At most `limit` bytes of a file. Raises UserError if it can't be read, or may never end."""
+    with open_to_read(path) as file:
+        return file.read(limit)
+
+
+@contextmanager
+def open_to_read(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes. Raises UserError if it can't be read, or may never end."""
     try:
         if path.exists() and not path.is_file():
             raise OSError(None, "it is a folder or a device")
         with open(path, "rb") as file:
-            return file.read(limit)
+            yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,11 @@ class Split:
 
     def to(self, device: str | torch.device) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
+
+
+def to_split(images: np.ndarray, labels: np.ndarray) -> Split:
+    """A copy of the images (n, C, S, S), uint8, and of their classes (n,), any numbers."""
+    return Split(torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64)))
 
 
 class Batch(NamedTuple):

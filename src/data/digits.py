@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from data.catalog import DIGITS
+from data.catalog import NAMED_SETS
 from data.dataset import Dataset, Split, divide
 
 
@@ -21,5 +21,6 @@ def load_digits() -> Dataset:
     pixels = nn.functional.pad(pixels, (4, 4, 4, 4)).round().clamp(0, 255).byte()
     whole = Split(pixels, torch.from_numpy(labels).long())
     train, val, test = divide(whole, 1437, 180, 180)
+    row = NAMED_SETS["digits"]
     parts = train, val, test
-    return Dataset("digits", DIGITS, (0.1593,), (0.2986,), *parts, "digits", "digit")
+    return Dataset("digits", row.class_names, *row.statistics, *parts, "digits", row.preparation)

@@ -1,7 +1,7 @@
 """A data set by its name."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,7 @@ from data.catalog import NAMED_SETS
 from data.dataset import DataMissingError, Dataset
 from data.digits import load_digits
 from data.folder import load_folder
-from data.mnist import load_mnist
-
-READERS: dict[str, Callable[[str | Path | None], Dataset]] = {
-    "mnist": load_mnist,
-    "digits": lambda _: load_digits(),
-}
+from data.named import load_named
 
 
 def load_dataset(
@@ -43,7 +38,9 @@ def load_dataset(
     if name not in NAMED_SETS:
         known = ", ".join([*NAMED_SETS, "folder"])
         raise UserError(f"data set {name!r} is not known: expected {known}")
-    return READERS[name](data_dir or NAMED_SETS[name].data_dir)
+    if name == "digits":
+        return load_digits()
+    return load_named(name, data_dir or NAMED_SETS[name].data_dir)
 
 
 def load_on_all_processes(

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 import inference
 from analysis import confidence, explain
 from data.digits import load_digits
-from data.mnist import load_mnist
+from data.load import load_dataset
 from deploy.digit_image import read_digits
 from deploy.predict import predict
 from saving.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
@@ -72,7 +72,7 @@ def test_confidence_of_a_label_smoothed_model_means_accuracy(digits_model):
 @needs_pretrained
 def test_the_pretrained_models_confidence_means_accuracy_and_few_digits_are_strange():
     model, about = load_checkpoint(PRETRAINED)
-    test = load_mnist(MNIST).test
+    test = load_dataset("mnist", MNIST).test
     probabilities, strange = predict(model, test.images[::4, 0].numpy(), about)
     assert strange.mean() < 0.02
     outputs = explain.Outputs(probabilities, np.log(probabilities), test.labels[::4].numpy())

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import EDITS, VERY_FEW, bounded, edited, result_or_error
 
-from data.mnist import MNIST_FILES, load_mnist
+from data.catalog import MNIST_FILES
+from data.load import load_dataset
 
+NAMES = [Path(file.path).stem for file in MNIST_FILES]
 BOTH = {"": gzip.decompress, ".gz": bytes}  # how a file may lie there
 
 
@@ -20,9 +22,9 @@ def folder_with(raw: Path, target: str, content: bytes | None) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     for entry in list(raw.iterdir()):
         entry.rmdir() if entry.is_dir() else entry.unlink()
-    for file in MNIST_FILES:
-        if not target.startswith(file):
-            (raw / f"{file}.gz").symlink_to(MNIST / "MNIST" / "raw" / f"{file}.gz")
+    for name in NAMES:
+        if not target.startswith(name):
+            (raw / f"{name}.gz").symlink_to(MNIST / "MNIST" / "raw" / f"{name}.gz")
     if content is not None:
         (raw / target).write_bytes(content)
 
@@ -30,7 +32,7 @@ def folder_with(raw: Path, target: str, content: bytes | None) -> None:
 @needs_mnist
 @VERY_FEW
 @given(
-    file=st.sampled_from(sorted(MNIST_FILES)),
+    file=st.sampled_from(sorted(NAMES)),
     ending=st.sampled_from(sorted(BOTH)),
     edits=EDITS,
     inside=st.booleans(),
@@ -43,7 +45,7 @@ def test_mnist_with_a_damaged_file(tmp_path, offline, file, ending, edits, insid
         content = edited(BOTH[ending](packed), edits)
     folder_with(tmp_path / "MNIST" / "raw", file + ending, content)
     with bounded(memory=600 << 20):
-        data = result_or_error(load_mnist, tmp_path)
+        data = result_or_error(load_dataset, "mnist", tmp_path)
     if not isinstance(data, str):
         assert [len(part) for part in (data.train, data.val, data.test)] == [54_000, 6_000, 10_000]
         assert data.test.labels.bincount()[:3].tolist() == [980, 1135, 1032]
@@ -67,5 +69,5 @@ def test_what_stands_in_a_file_of_mnists_place_is_refused_at_once(tmp_path, offl
         folder_with(raw, target, None)
         place(raw / target)
         with bounded(memory=200 << 20):
-            answer = result_or_error(load_mnist, tmp_path)
+            answer = result_or_error(load_dataset, "mnist", tmp_path)
         assert target.removesuffix(".gz") in answer

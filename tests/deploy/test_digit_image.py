@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.errors import UserError
 from data.digits import load_digits
-from data.mnist import load_mnist
+from data.load import load_dataset
 from deploy.digit_image import read_digits
 from deploy.printed_lines import without_lines
 
@@ -68,7 +68,7 @@ def test_faint_and_thin_marks_on_a_large_page_survive():
 
 @needs_mnist
 def test_mnists_own_images_come_out_as_they_are():
-    images = load_mnist(MNIST).test.images[:100, 0].numpy()
+    images = load_dataset("mnist", MNIST).test.images[:100, 0].numpy()
     differences = [np.abs(read(image).astype(int) - image).mean() for image in images]
     assert np.less(differences, 0.5).sum() >= 97  # of 255: a faint edge may be taken for paper
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import inference
 from data.digits import load_digits
-from data.mnist import load_mnist
+from data.load import load_dataset
 from deploy import export, predict
 from saving.checkpoint import PRETRAINED, load_checkpoint
 from vit_model import ViT
@@ -135,7 +135,7 @@ def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
 def test_files_do_as_well_on_all_of_mnists_test_images():
     """int8 loses at most 0.1 points; fp32 gives the class that Python gives."""
     model, about = load_checkpoint(PRETRAINED)
-    data = load_mnist(MNIST)
+    data = load_dataset("mnist", MNIST)
     images, labels = data.test.images.numpy(), data.test.labels.numpy()
     expected = predict.predict(model, images[:, 0], about).probabilities.argmax(1)
     options = {"raw_input": True, "int8_images": data.train.images[: export.INT8_IMAGES]}

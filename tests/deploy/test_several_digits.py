@@ -10,7 +10,7 @@ from conftest import MNIST, ROOT, needs_mnist
 from PIL import Image, ImageDraw
 
 from common.errors import UserError
-from data.mnist import load_mnist
+from data.load import load_dataset
 from deploy import digit_pieces
 from deploy.digit_image import MAX_DIGITS, Reading, read_digits
 from deploy.predict import answer
@@ -52,7 +52,7 @@ def all_printed() -> list[Picture]:
 
 
 def mnist_rows() -> list[Picture]:
-    split = load_mnist(MNIST).val
+    split = load_dataset("mnist", MNIST).val
     digits, labels = split.images[:, 0].numpy(), split.labels.numpy()
     return list(rows(digits, labels, 100, np.random.default_rng(0)))
 
