@@ -37,7 +37,7 @@ from optimizers.calls import (
 from optimizers.gallery import GALLERY, panel
 from optimizers.muon import MuonWithAdamW
 from optimizers.schedule import FROM_RUN, Schedule, build_scheduler
-from recipes import Settings
+from settings import Settings
 from vit_model import ViT
 
 MAX_HISTORY = 1000  # LBFGS's history_size; each entry is as large as the model

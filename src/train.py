@@ -1,7 +1,7 @@
 """Train the Vision Transformer: arguments, data, model, optimizer, loop, checkpoint, report.
 
-This is the recipe, top to bottom. The flags are in recipes.py; what keeps a run safe (stops, saves,
-steps that are not finite) is in training/run.py.
+This is the recipe, top to bottom. The flags are in settings.py; what keeps a run safe (stops,
+saves, steps that are not finite) is in training/run.py.
 """
 
 import common.startup  # noqa: F401 sets up threads, so before PyTorch
@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from common import cli
-from recipes import Options, Settings, check_data_flags, parse_args, resolve, section_of
+from settings import Options, Settings, parse_args, section_of
+from training.resolve import check_data_flags, resolve
 
 if __name__ == "__main__":
     cli.check_flags(parse_args)  # refuses a wrong flag now, before the slow import of PyTorch
@@ -42,7 +43,7 @@ def main() -> None:
     world = find_world()
     device = device_of(world, choose_device(typed.device))
     keep_freed_memory()
-    # A resumed run keeps its options; flags that recipes.py marks with `changes` may be given anew.
+    # A resumed run keeps its options but for those that settings.py marks with `changes`.
     with open_run(typed, given, world, device) as (options, saved):
         settings, dataset, trained = load_data(options, given, saved, world)
         train(options, settings, dataset, trained, saved, device, world)

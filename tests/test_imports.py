@@ -9,10 +9,12 @@ from conftest import ROOT
 
 SRC = ROOT / "src"
 # Each imports only what stands before it, or its own room.
-ROOMS = "vit_model common recipes data utils optimizers saving analysis deploy training optim"
+ROOMS = (
+    "vit_model common data recipes settings utils optimizers saving analysis deploy training optim"
+)
 ROOMS = [*ROOMS.split(), "train", "inference", "demo"]
-ALONE = {"vit_model": set(), "common": {"common"}, "recipes": {"common", "data"}}
-LIGHT = "recipes common.cli common.errors common.files common.progress common.signals".split()
+ALONE = {"vit_model": set(), "common": {"common"}, "recipes": {"data"}}
+LIGHT = "recipes settings training.resolve saving.stored_settings common.cli common.errors common.files common.progress common.signals".split()
 LIGHT += ["common.startup", *(f"{path.parent.name}.flags" for path in SRC.glob("*/flags.py"))]
 
 

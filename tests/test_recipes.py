@@ -10,18 +10,10 @@ import torch
 from conftest import ROOT
 
 from common.errors import UserError
-from recipes import (
-    DATASET_SETTINGS,
-    FLAGS,
-    RECIPES,
-    Options,
-    Settings,
-    fingerprint,
-    from_stored,
-    parse_args,
-    resolve,
-    to_stored,
-)
+from recipes import DATASET_SETTINGS, RECIPES
+from saving.stored_settings import fingerprint, from_stored, to_stored
+from settings import FLAGS, Options, Settings, parse_args
+from training.resolve import resolve
 
 SETTINGS = asdict(Settings())
 STORED = [name for name, flag in FLAGS.items() if flag.metadata["stored"]]

@@ -26,9 +26,10 @@ from matplotlib.image import imread
 
 import train
 from data.digits import load_digits
-from recipes import DATASET_SETTINGS, FLAGS, RECIPES
+from recipes import DATASET_SETTINGS, RECIPES
 from saving.checkpoint import load_checkpoint
 from saving.run_state import read_run_state
+from settings import FLAGS
 from training import speed
 from utils import evaluate, make_loaders
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from common import cli
 from common.errors import UserError
 from deploy.answers import FORMATS
-from recipes import add_flags
+from settings import add_flags
 
 
 class Mode(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 from common import cli
 from common.errors import UserError
-from recipes import Settings, add_flags, section_of
+from settings import Settings, add_flags, section_of
 
 MAX_PLOTTED = 1_000_000  # steps of a run that is drawn
 

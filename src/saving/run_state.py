@@ -1,8 +1,8 @@
 """The state of a run, read from its `last.pt` and checked: the file may be a stranger's.
 
 It is a checkpoint with more in it: `run` (its flags), `position`, `best`, `history`, `random` and
-`average_state_dict`. What the flags may be says recipes.py; that the tensors are the model's,
-checkpoint.py; what an optimizer's state may be is checked here, when there is one to compare it to.
+`average_state_dict`. The flags are checked by settings.py, the model's tensors by checkpoint.py, the
+optimizer's state here, once there is an optimizer to compare it with.
 """
 
 import copy
@@ -19,8 +19,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from recipes import fingerprint, from_stored
 from saving.checkpoint import load_checkpoint, refusal
+from saving.stored_settings import fingerprint, from_stored
 
 # What a state has beyond a checkpoint of a trained model.
 STATE_KEYS = ("average_state_dict", "run", "position", "best", "history", "random")

@@ -23,10 +23,12 @@ from common.files import write_text
 from data.dataset import Dataset
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule
-from recipes import FLAGS, Options, Settings, from_stored, resolve
 from saving.checkpoint import save_checkpoint
 from saving.run_state import load_optimizer, read_run_state, refusing
+from saving.stored_settings import from_stored
+from settings import FLAGS, Options, Settings
 from training.epoch_sums import EpochSums
+from training.resolve import resolve
 
 LAST, PREVIOUS, PATHS_FILE = "last.pt", "last.prev.pt", "last.paths.json"
 PATHS = ("data_dir", "output_dir", "todo_path")  # flags whose values stand in PATHS_FILE

@@ -29,8 +29,8 @@ from common.signals import StopSignals
 from data.dataset import Dataset
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule
-from recipes import Options, Settings
 from saving.checkpoint import MAX_WEIGHT, load_checkpoint
+from settings import Options, Settings
 from training import resume
 from training.epoch_sums import EpochSums, NotFiniteError
 from training.resume import SavedRun

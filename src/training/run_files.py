@@ -18,8 +18,9 @@ from common.signals import uninterrupted
 from data.dataset import Dataset
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule
-from recipes import Options, Settings, fingerprint, to_stored
 from saving.checkpoint import FORMAT, read_checkpoint, save_checkpoint, versions
+from saving.stored_settings import fingerprint, to_stored
+from settings import Options, Settings
 from training import resume
 from training.best_model import BEST, keep_raw_best, restore_best, set_aside
 from training.epoch_sums import EpochSums, NotFiniteError

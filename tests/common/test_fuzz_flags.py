@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import FREE_TEXTS, NUMBERS, bounded
 
-import recipes
 from deploy import flags
+from recipes import DATASET_SETTINGS
+from settings import parse_args
+from training.resolve import resolve
 
 WORDS = (
     "7 28 1e9 2147483648 1_000 ٣ mnist digits auto cpu cuda cuda:99 cuda:-1 fast best article on"
@@ -19,9 +21,9 @@ VALUES = st.sampled_from([*WORDS.split(), *NUMBERS]) | FREE_TEXTS.filter(lambda 
 
 
 def parse_training_flags() -> None:
-    options, given = recipes.parse_args()
-    for dataset in recipes.DATASET_SETTINGS:
-        recipes.resolve(options.recipe, dataset, given)
+    options, given = parse_args()
+    for dataset in DATASET_SETTINGS:
+        resolve(options.recipe, dataset, given)
 
 
 SCRIPTS = [parse_training_flags, flags.parse_args]

@@ -23,7 +23,7 @@ from data import idx, usps
 from data.catalog import NAMED_SETS
 from data.dataset import Split, divide
 from data.load import load_dataset
-from recipes import resolve
+from training.resolve import resolve
 
 EACH = pytest.mark.parametrize("name", FILES)
 PARTS = ("train", "test")

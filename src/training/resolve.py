@@ -1,0 +1,140 @@
+"""The settings of a run: put together from recipe, data set, trained model and flags, and checked.
+
+Needs no PyTorch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from common.errors import UserError
+from data.catalog import NAMED_SETS
+from recipes import DATASET_SETTINGS, RECIPES
+from settings import Options, Settings
+
+# Sizes of the network that a trained model to start from fixes; its patches can be resampled.
+FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
+
+
+def check_data_flags(dataset: str, given: Mapping[str, Any]) -> None:
+    """Raise UserError if a data set misses a flag, or one that is given has no effect on it.
+
+    Args:
+        dataset: the name for --dataset.
+        given: flags by name.
+    """
+    if dataset == "folder":
+        if "data_dir" not in given:
+            raise UserError(
+                "--dataset folder: name the folder, which has a folder of images for each class, "
+                "with --data_dir"
+            )
+        return
+    idle = [f.name for f in fields(Options) if f.metadata["section"] == "folder"]
+    if NAMED_SETS[dataset].data_dir is None:
+        idle.append("data_dir")
+    for name in idle:
+        if name in given:
+            title = NAMED_SETS[dataset].title
+            reason = (
+                f"{title} need no files" if name == "data_dir" else "it is for --dataset folder"
+            )
+            raise UserError(f"--{name} {given[name]} has no effect: {reason}; leave it out")
+
+
+def resolve(
+    recipe: str,
+    dataset: str,
+    given: Mapping[str, Any],
+    img_size: int | None = None,
+    trained: Mapping[str, Any] | None = None,
+) -> Settings:
+    """The settings of a run: the defaults, what replaces them in the recipe, what the data set asks
+    for, the sizes of a model to start from, what was given by hand. Raises UserError if the
+    settings don't fit together.
+
+    Args:
+        dataset: the name for --dataset.
+        given: flags by name; those that are no settings are left out.
+        img_size: side of the images; None: that of a named set, not yet known of a folder.
+        trained: arguments of `ViT` of the model that --init_from names.
+    """
+    names = {f.name for f in fields(Settings)}
+    given = {name: value for name, value in given.items() if name in names}
+    s = Settings(**{**RECIPES[recipe], **DATASET_SETTINGS[dataset], **given})
+    if dataset in NAMED_SETS:
+        img_size = NAMED_SETS[dataset].img_size
+        if not NAMED_SETS[dataset].mirrors:
+            if given.get("hflip"):
+                raise UserError(
+                    f"--hflip: a mirrored image of {dataset} may be one of another class; leave it "
+                    "out"
+                )
+            s = replace(s, hflip=0.0)  # a recipe's
+    if img_size is not None and s.random_crop >= img_size:
+        raise UserError(
+            f"--random_crop {s.random_crop} reflects more pixels than the image's side of "
+            f"{img_size} has: give at most {img_size - 1}"
+        )
+    if trained:
+        s = replace(s, **_sizes_of_trained(trained, given, img_size))
+    if s.freeze == "backbone":
+        s = _for_linear_probe(s, given)
+    if img_size is not None and img_size % s.patch_size != 0:
+        divisors = [n for n in range(1, img_size + 1) if img_size % n == 0]
+        if "patch_size" in given:
+            raise UserError(
+                f"--patch_size {s.patch_size} does not divide the image's side of {img_size}: "
+                f"give {', '.join(map(str, divisors[:-1]))} or {img_size}"
+            )
+        # As near as can be to 8 x 8 patches.
+        s = replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - 8)))
+    if round(s.embed_dim * s.mlp_ratio) < 1:
+        raise UserError(
+            f"--mlp_ratio {s.mlp_ratio} is too small for --embed_dim {s.embed_dim}: an MLP would "
+            "have no neuron; raise one of them"
+        )
+    if s.pos_embed == "sincos2d" and s.embed_dim % 4 != 0:
+        raise UserError(
+            f"--embed_dim {s.embed_dim} is not divisible by 4, as --pos_embed sincos2d wants it: "
+            "change one of them"
+        )
+    if s.embed_dim % s.num_heads != 0:
+        raise UserError(
+            f"--embed_dim {s.embed_dim} is not divisible by --num_heads {s.num_heads}: change one "
+            "of them"
+        )
+    return s
+
+
+def _sizes_of_trained(
+    trained: Mapping[str, Any], given: Mapping[str, Any], img_size: int | None
+) -> dict[str, Any]:
+    """The settings that a model to start from fixes; its patch size where the image has 4 x 4 such
+    patches or more, and no other was given by hand.
+    """
+    for name in FIXED:
+        if given.get(name, trained[name]) != trained[name]:
+            raise UserError(
+                f"--{name} {given[name]} contradicts {given['init_from']}, whose {name} is "
+                f"{trained[name]}: give that, or leave it out"
+            )
+    sizes = {name: trained[name] for name in FIXED}
+    side = trained["patch_size"]
+    fits = img_size is None or (img_size % side == 0 and img_size // side >= 4)
+    return sizes | ({"patch_size": side} if fits and "patch_size" not in given else {})
+
+
+def _for_linear_probe(s: Settings, given: Mapping[str, Any]) -> Settings:
+    """The settings where only the head learns: a linear probe, without dropout before it."""
+    if s.init_from is None:
+        raise UserError(
+            "--freeze backbone: of a new model only the head would learn; name a trained one with "
+            "--init_from"
+        )
+    if given.get("dropout"):
+        raise UserError(
+            f"--dropout {given['dropout']} has no effect: with --freeze backbone nothing is "
+            "dropped; leave it out"
+        )
+    return replace(s, dropout=0.0)
