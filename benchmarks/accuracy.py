@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from common import cli
 from common.device import choose_device
-from recipes import RECIPES, Settings, add_flags
+from recipes import RECIPES
+from settings import Settings, add_flags
 
 TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of the test set
 

@@ -20,7 +20,7 @@ import optim
 from common import cli
 from common.device import choose_device, choose_precision
 from common.errors import UserError
-from recipes import Settings, add_flags
+from settings import Settings, add_flags
 from training.speed import keep_freed_memory
 from vit_model import ViT
 

@@ -16,8 +16,8 @@ import torch
 from common import cli
 from common.device import choose_device
 from deploy.export import onnx_session, to_bytes, to_onnx
-from recipes import add_flags
 from saving.checkpoint import load_checkpoint
+from settings import add_flags
 from vit_model import ViT
 
 

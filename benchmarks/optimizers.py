@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
-from recipes import add_flags
+from settings import add_flags
 
 # The call, and the flags that it needs beside COMMON.
 OPTIMIZERS: list[tuple[str, list[str]]] = [

@@ -30,8 +30,8 @@ from data.dataset import Split  # noqa: E402
 from data.load import load_dataset  # noqa: E402
 from deploy.flags import add_checkpoint  # noqa: E402
 from optim import clip_gradients  # noqa: E402
-from recipes import add_flags  # noqa: E402
 from saving.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
+from settings import add_flags  # noqa: E402
 from train import forward_backward  # noqa: E402
 from utils import Batch, BatchLoader  # noqa: E402
 from vit_model import ViT  # noqa: E402

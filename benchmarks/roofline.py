@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import optim
 from common import cli
 from common.device import choose_device
-from recipes import RECIPES, Settings, add_flags, section_of
+from recipes import RECIPES
+from settings import Settings, add_flags, section_of
 from train import forward_backward
 from training.speed import compile_network, keep_freed_memory
 from utils import Batch

@@ -22,7 +22,7 @@ from common import cli, distributed, startup
 from common.device import choose_device, choose_precision
 from common.distributed import World
 from data.load import load_dataset
-from recipes import Settings, add_flags
+from settings import Settings, add_flags
 from training.speed import keep_freed_memory
 from utils import make_loaders
 from vit_model import ViT, count_parameters

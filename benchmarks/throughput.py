@@ -28,7 +28,7 @@ from common import cli
 from common.device import choose_device
 from common.errors import UserError
 from data.load import load_dataset
-from recipes import Settings, add_flags
+from settings import Settings, add_flags
 from training.speed import compile_network, keep_freed_memory
 from vit_model import TransformerBlock, ViT
 

@@ -1,8 +1,8 @@
 """The state of a run, read from its `last.pt` and checked: the file may be a stranger's.
 
 It is a checkpoint with more in it: `run` (its flags), `position`, `best`, `history`, `random` and
-`average_state_dict`. The flags are checked by settings.py, the model's tensors by checkpoint.py, the
-optimizer's state here, once there is an optimizer to compare it with.
+`average_state_dict`. The flags are checked by settings.py, the model's tensors by checkpoint.py,
+the optimizer's state here, once there is an optimizer to compare it with.
 """
 
 import copy
