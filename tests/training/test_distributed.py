@@ -21,6 +21,7 @@ from data.augment import Augment
 from data.digits import load_digits
 from training.resume import load_last
 from utils import BatchLoader, make_loaders
+from vit_model import ViT
 
 # One step of plain gradient descent on 70 images: the weights' change is the gradient.
 ONE_STEP = [*TINY_DIGITS, *"--train_samples 70 --batch_size 70 --epochs 1".split()]
@@ -89,6 +90,24 @@ def test_every_image_is_in_one_process_and_the_batch_is_the_same():
         for rank in (0, 1)
     )
     assert not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("flags", ["--freeze backbone", "--layer_decay 0.5"])
+def test_all_processes_start_from_the_file(complete, folder, together, tmp_path, flags):
+    model = ViT(depth=1, embed_dim=16, num_heads=4)
+    torch.save(model.state_dict(), tmp_path / "start.pt")
+    flags = [*ONE_STEP[:4], *ONE_STEP[10:], "--init_from", tmp_path / "start.pt", *flags.split()]
+    folder("alone")
+    complete(*flags)
+    expected = read(LAST)["model_state_dict"]
+    here = folder("two")
+    together(2, here, *flags)
+    found = read(LAST)["model_state_dict"]
+    assert "started from: start.pt (this project)" in Path("out0.txt").read_text()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 1e-6
+        is_frozen = flags[-1] == "backbone" and not name.startswith("head.")
+        assert torch.equal(found[name], model.state_dict()[name]) == is_frozen, name
 
 
 def test_gradients_are_those_of_one_process(complete, folder, together):
