@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
 from PIL import Image
+from picture_folders import draw_shapes
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -50,6 +51,16 @@ def test_a_benchmark_prints_its_table(script):
     assert set(line) == {"|", "-"} and line.count("|") == cells
     table = [row for row in rows if row.startswith("|")]
     assert table and all(row.count("|") == cells for row in table)
+
+
+@pytest.mark.slow
+def test_a_folder_is_read_in_each_way(tmp_path):
+    folder = draw_shapes(tmp_path / "shapes")
+    command = [sys.executable, BENCHMARKS / "reading.py", "--data_dir", folder, "--device", "cpu"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[1] for row in rows[1:]] == ["18", "18", "18", "18"]
+    assert sorted(path.name for path in folder.iterdir()) == ["cross", "disc", "square"]
 
 
 @needs_mnist

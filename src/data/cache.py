@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,7 +174,8 @@ class Spool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what is left to be written is of no use
+            self._file.close()
 
     def clear(self) -> None:
         self._file.seek(0)
@@ -181,20 +183,28 @@ class Spool:
 
     def add(self, image: np.ndarray) -> None:
         """Raises UserError if it can't be written."""
-        try:
+        with self._telling():
             self._file.write(image.tobytes())
+
+    def images(self, *shape: int) -> np.ndarray:
+        """All that was added, uint8 (n, *shape); from a file, of use until the spool is closed.
+        Raises UserError if it can't be written.
+        """
+        if self._place is None:
+            return np.frombuffer(self._file.getvalue(), np.uint8).reshape(-1, *shape)
+        with self._telling():
+            self._file.flush()
+        return np.memmap(self._file, np.uint8, "r").reshape(-1, *shape)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"{self._place.folder} cannot be written: {error.strerror or error}; free some "
                 "space, or name another place with --cache_dir"
             ) from None
-
-    def images(self, *shape: int) -> np.ndarray:
-        """All that was added, uint8 (n, *shape); of use until the spool is closed."""
-        if self._place is None:
-            return np.frombuffer(self._file.getvalue(), np.uint8).reshape(-1, *shape)
-        self._file.flush()
-        return np.memmap(self._file, np.uint8, "r").reshape(-1, *shape)
 
 
 def save(place: Place, answers: list[int | str], images: np.ndarray, order: np.ndarray) -> None:

@@ -337,11 +337,7 @@ def _tell_left_out(listing: Listing, answers: list[int | str], arrangement: Arra
 
 def _tell_refused(listing: Listing, answers: list[int | str]) -> None:
     if listing.others:
-        count = len(listing.others)
-        others = _some(listing.others, SHOWN)
-        _note(
-            f"{count} that {'is' if count == 1 else 'are'} no image of a class left out: {others}"
-        )
+        _note(f"left out, as no image of a class: {_some(listing.others, SHOWN)}")
     pairs = zip(listing.files, answers, strict=True)
     refused = [f"{file.path} {answer}" for file, answer in pairs if isinstance(answer, str)]
     if refused:
