@@ -23,7 +23,7 @@ from common.device import choose_device
 from common.errors import UserError
 from data.folder import load_folder
 from data.listing import list_images
-from recipes import add_flags
+from settings import add_flags
 from utils import make_loaders
 
 

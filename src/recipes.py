@@ -5,7 +5,7 @@ settings.py has every flag with its default, and refuses a value here that a fla
 
 from typing import Any
 
-from data.catalog import NAMED_SETS
+from data.catalog import NAMED_SETS, PHOTOS
 
 # What `--recipe` names: settings that replace defaults; a flag given by hand wins over them. They
 # were chosen by validation accuracy.
@@ -48,6 +48,25 @@ RECIPES: dict[str, dict[str, Any]] = {
         "scale": 0.1,
         "shear": 10.0,
         "elastic": 0.6,
+    },
+    # Small colour photos: the highest accuracy within 40 minutes on two CPU cores, on CIFAR-10. Half of
+    # the patches are left out in training: more passes in the same time.
+    "cifar": {
+        "epochs": 36,
+        "batch_size": 128,
+        "optimizer": "Muon(lr=0.02, weight_decay=0.1)",
+        "lr": 2e-3,
+        "scheduler": "OneCycleLR(pct_start=0.1, anneal_strategy='linear', cycle_momentum=False)",
+        "ema_decay": 0.998,
+        "patch_size": 4,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "dropout": 0.0,
+        "pool": "mean",
+        "pos_embed": "sincos2d",
+        "patch_drop": 0.5,
+        **PHOTOS,
     },
 }
 

@@ -226,7 +226,8 @@ class Options:
     recipe: str = recipe_flag(
         "article",
         "a set of flags, from recipes.py: article, as published; fast, the least time to 99 %%; "
-        "best, the highest accuracy in 20 minutes; flags given beside it win",
+        "best, the highest accuracy in 20 minutes; cifar, for small colour photos; flags given "
+        "beside it win",
         choices=tuple(RECIPES),
     )
     seed: int = recipe_flag(42, "of weights, order, augmentation, dropout", integer(0))

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
-from PIL import Image
 from picture_folders import draw_shapes
+from PIL import Image
 
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

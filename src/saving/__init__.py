@@ -12,6 +12,6 @@ What a hostile file can do at most, be it a checkpoint or a run's last.pt:
 PyTorch's loader keeps the first promise, archive.py the second, checkpoint.py the others. Every
 other input that is not trusted has one place, too, where it is checked: a run's last.pt in
 run_state.py, calls of optimizers and schedules in optimizers/calls.py, pictures in
-data/pictures.py, prepared images in data/cache.py, history.json and timings in analysis/. MNIST's files must have their known
-checksums.
+data/pictures.py, prepared images in data/cache.py, history.json and timings in analysis/. Published
+data files must have their known checksums.
 """

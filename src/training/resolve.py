@@ -65,30 +65,13 @@ def resolve(
     if dataset in NAMED_SETS:
         img_size = NAMED_SETS[dataset].img_size
         if not NAMED_SETS[dataset].mirrors:
-            if given.get("hflip"):
-                raise UserError(
-                    f"--hflip: a mirrored image of {dataset} may be one of another class; leave it "
-                    "out"
-                )
-            s = replace(s, hflip=0.0)  # a recipe's
-    if img_size is not None and s.random_crop >= img_size:
-        raise UserError(
-            f"--random_crop {s.random_crop} reflects more pixels than the image's side of "
-            f"{img_size} has: give at most {img_size - 1}"
-        )
+            s = _never_mirrored(s, dataset, given)
     if trained:
         s = replace(s, **_sizes_of_trained(trained, given, img_size))
     if s.freeze == "backbone":
         s = _for_linear_probe(s, given)
-    if img_size is not None and img_size % s.patch_size != 0:
-        divisors = [n for n in range(1, img_size + 1) if img_size % n == 0]
-        if "patch_size" in given:
-            raise UserError(
-                f"--patch_size {s.patch_size} does not divide the image's side of {img_size}: "
-                f"give {', '.join(map(str, divisors[:-1]))} or {img_size}"
-            )
-        # As near as can be to 8 x 8 patches.
-        s = replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - 8)))
+    if img_size is not None:
+        s = _fit_to_images(s, img_size, given)
     if round(s.embed_dim * s.mlp_ratio) < 1:
         raise UserError(
             f"--mlp_ratio {s.mlp_ratio} is too small for --embed_dim {s.embed_dim}: an MLP would "
@@ -105,6 +88,33 @@ def resolve(
             "of them"
         )
     return s
+
+
+def _never_mirrored(s: Settings, dataset: str, given: Mapping[str, Any]) -> Settings:
+    if given.get("hflip"):
+        raise UserError(
+            f"--hflip: a mirrored image of {dataset} may be one of another class; leave it out"
+        )
+    return replace(s, hflip=0.0)  # a recipe's
+
+
+def _fit_to_images(s: Settings, img_size: int, given: Mapping[str, Any]) -> Settings:
+    """The settings with patches that divide the images, unless others were given by hand."""
+    if s.random_crop >= img_size:
+        raise UserError(
+            f"--random_crop {s.random_crop} reflects more pixels than the image's side of "
+            f"{img_size} has: give at most {img_size - 1}"
+        )
+    if img_size % s.patch_size == 0:
+        return s
+    divisors = [n for n in range(1, img_size + 1) if img_size % n == 0]
+    if "patch_size" in given:
+        raise UserError(
+            f"--patch_size {s.patch_size} does not divide the image's side of {img_size}: "
+            f"give {', '.join(map(str, divisors[:-1]))} or {img_size}"
+        )
+    # As near as can be to 8 x 8 patches.
+    return replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - 8)))
 
 
 def _sizes_of_trained(
