@@ -144,7 +144,7 @@ def _for_linear_probe(s: Settings, given: Mapping[str, Any]) -> Settings:
         )
     if given.get("dropout"):
         raise UserError(
-            f"--dropout {given['dropout']} has no effect: with --freeze backbone nothing is "
-            "dropped; leave it out"
+            f"--dropout {given['dropout']} has no effect: with --freeze backbone there is none; "
+            "leave it out"
         )
     return replace(s, dropout=0.0)
