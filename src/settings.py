@@ -264,6 +264,12 @@ class Options:
     save_dir: Path = output_flag(Path("./checkpoints"), "model, history", Path)
     output_dir: Path = output_flag(Path("./outputs"), "pictures", Path)
     todo_path: Path = output_flag(Path("./TODO.md"), "progress table", Path)
+    log: str = output_flag(
+        "none",
+        "tensorboard: numbers of every step and epoch, and pictures, in tensorboard/ of "
+        "--output_dir",
+        choices=("none", "tensorboard"),
+    )
 
 
 FLAGS: dict[str, Field] = {f.name: f for f in (*fields(Options), *fields(Settings))}

@@ -122,6 +122,24 @@ def complete(run):
 
 
 @pytest.fixture
+def at_step(monkeypatch):
+    """at_step(n, action): do `action` while step n from now, counted from 1, is under way."""
+    original = train.clip_gradients
+
+    def arrange(number: int, action) -> None:
+        steps = iter(range(1, 10**9))
+
+        def clip_gradients(*args):
+            if next(steps) == number:
+                action()
+            return original(*args)
+
+        monkeypatch.setattr(train, "clip_gradients", clip_gradients)
+
+    return arrange
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch):
     """folder(name): an empty folder, from now on the current one."""
 

@@ -15,7 +15,7 @@ ROOMS = (
 ROOMS = [*ROOMS.split(), "train", "inference", "demo"]
 ALONE = {"vit_model": set(), "common": {"common"}, "recipes": {"data"}}
 LIGHT = "recipes settings training.resolve saving.stored_settings common.cli".split()
-LIGHT += "common.errors common.files common.progress common.signals".split()
+LIGHT += "common.errors common.files common.progress common.signals common.version".split()
 LIGHT += ["common.startup", *(f"{path.parent.name}.flags" for path in SRC.glob("*/flags.py"))]
 
 

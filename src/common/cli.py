@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from common import startup
 from common.errors import PeerLostError, Stopped, UserError, is_out_of_memory
+from common.version import VERSION
 
 MAX_MESSAGE = 3000  # characters
 
@@ -23,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             **kwargs, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
+        self.add_argument("--version", action="version", version=f"vit-mnist {VERSION}")
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else args

@@ -40,7 +40,7 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
             os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
     finally:
         with suppress(OSError):  # renamed, or never created
             temporary.unlink()
@@ -83,7 +83,7 @@ def check_writable(path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
         ) from None
     except (OSError, NotImplementedError) as error:
         if getattr(error, "filename", None):  # it could not be opened, let alone locked
-            raise _cannot_write(path, error) from None
+            raise cannot_write(path, error) from None
         print(f"note: {path} cannot be locked: {error}", file=sys.stderr)
     try:
         with suppress(OSError):
@@ -131,7 +131,8 @@ def _make_room(path: Path) -> None:
         raise OSError(None, "it is a folder or a device")
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """One line that says why, and what helps."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     advice = "free some space" if full else "name another place"
     return UserError(f"{path} cannot be written: {error.strerror or error}; {advice}")

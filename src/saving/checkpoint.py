@@ -30,6 +30,7 @@ from torch import Tensor
 
 from common.errors import UserError, is_out_of_memory
 from common.files import atomic_write, read_bytes
+from common.version import VERSION
 from data.catalog import DIGITS, PREPARATIONS
 from saving.archive import RefusedError, read_archive
 from vit_model import ViT
@@ -59,6 +60,7 @@ ADVICE = "name one that src/train.py wrote"
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     return {
+        "vit-mnist": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,

@@ -77,7 +77,7 @@ def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: b
 def command_to_continue(options: Options, last_path: Path) -> str:
     """The command that continues a run, with the flags about the machine, which are not saved."""
     flags = ["train.py", "--resume", str(last_path)]
-    for name in ("device", "compile"):
+    for name in ("device", "compile", "log"):
         if getattr(options, name) != FLAGS[name].default:
             flags += [f"--{name}", getattr(options, name)]
     return shlex.join(flags)

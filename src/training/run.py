@@ -33,6 +33,7 @@ from saving.checkpoint import MAX_WEIGHT, load_checkpoint
 from settings import Options, Settings
 from training import resume
 from training.epoch_sums import EpochSums, NotFiniteError
+from training.event_log import EventLog, check_package
 from training.resume import SavedRun
 from training.run_files import RunFiles, RunPaths
 from utils import Batch, BatchLoader, Metrics
@@ -66,6 +67,8 @@ def open_run(
             options, given = replace(options, **paths), given | paths
     if world.leads:
         RunPaths(options, device).check_writable()
+        if options.log == "tensorboard":
+            check_package()
     folder_lock = lock_folder(options.save_dir) if world.leads else nullcontext()
     with folder_lock, joined(world, device):
         if options.resume is None:
@@ -131,6 +134,9 @@ class Run:
                 f"{self.epochs_done} of {self.settings.epochs} epochs and {self.sums.steps} steps"
             )
             print(f"resumed:  {self.saved.path}, after {done}")
+        steps_done = self.epochs_done * len(loaders[0]) + self.sums.steps
+        about = self.files.log_folder, self.files.about["settings"]
+        self.log = EventLog(*about, optimizer, steps_done, world=self.world)
         self._started = time.perf_counter()
 
     def _print_start(self, schedule: Schedule) -> None:
@@ -166,6 +172,7 @@ class Run:
         if self._bar is not None:
             self._bar.close()
         if isinstance(error, NotFiniteError):
+            self.log.write()
             path = self.files.save_bad_batch(self.epoch, error, self.loaders[0])
             numbers = f": {error}" if error.numbers else ""
             raise UserError(
@@ -239,6 +246,7 @@ class Run:
         sums.add_step(self._lrs)
         if finite:
             sums.add_images(batch, loss, hits, grad_norm)
+        self.log.add_step(self._lrs, loss, grad_norm)
         if self._asks_later and (sums.steps % ASKED_EVERY == 0 or sums.steps == last_step):
             sums.check()
         if not self._bar.disable and sums.steps % 20 == 1:
@@ -249,6 +257,7 @@ class Run:
         every = self.options.save_every_steps
         if stop_signal or (every and sums.steps % every == 0):
             sums.seconds = self._seconds()
+            self.log.write()  # before the save: a resumed run logs what follows
             self.files.save_last(self.epochs_done, sums)
         if stop_signal:
             raise self._stopped(stop_signal)
@@ -275,6 +284,7 @@ class Run:
         }
         self.epochs_done, self.sums = self.epoch, EpochSums.zeros(self.optimizer, self.device)
         self._compile_seconds = 0.0
+        self.log.end_epoch(row, validation)
         self.files.save_epoch(row, validation, self.sums)
         self._print_epoch(row)
         if stop_signal := self._stop.after_step(self._signals.received):
@@ -307,7 +317,7 @@ class Run:
     def best_model(self) -> ViT:
         """The model of the best epoch, on the run's device; its file gets its calibration."""
         model = load_checkpoint(self.files.paths.best)[0] if self.world.leads else None
-        model = self.world.share(model).to(self.device)
+        self._best = model = self.world.share(model).to(self.device)
         if self.world.leads:
             train_loader, val_loader, _ = self.loaders
             self.files.save_calibration(confidence.fit(model, train_loader.split, val_loader))
@@ -316,3 +326,5 @@ class Run:
     def finish(self, test: Metrics) -> None:
         """Write history, timing and curves, and print the result on the test set."""
         self.files.finish(test, len(self.loaders[0].split))
+        test_loader, class_names = self.loaders[2], self.dataset.class_names
+        self.log.finish(self.files.history, self._best, test_loader, class_names)

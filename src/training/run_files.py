@@ -106,6 +106,14 @@ class RunFiles:
             "test": None,
         }
 
+    @property
+    def log_folder(self) -> Path | None:
+        """Where a run and what continues it log; None: they don't."""
+        if self.options.log == "none":
+            return None
+        name = "{dataset}-{recipe}-seed{seed}-{fingerprint}".format(**self.run)
+        return self.options.output_dir / "tensorboard" / name
+
     def restore(self) -> None:
         """Bring the files to where the saved run was: a stop can come between two of them."""
         saved = self.saved

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_DIGITS, assert_one_error_line, history, launch, read
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from common import distributed
@@ -143,6 +144,18 @@ def test_checkpoints_move_between_one_and_two_processes_and_metrics_are_exact(
     complete("--resume", "--epochs", 4)
     together(2, here, "--resume", "--epochs", 5)
     assert [row["epoch"] for row in history()["epochs"]] == [1, 2, 3, 4, 5]
+
+
+def test_the_log_of_two_processes_has_the_losses_of_whole_batches(folder, together):
+    here = folder("run")
+    flags = "--train_samples 60 --batch_size 30 --epochs 2 --log tensorboard".split()
+    together(2, here, *TINY_DIGITS, *flags)
+    (log,) = Path("outputs/tensorboard").iterdir()
+    steps = EventAccumulator(str(log)).Reload().Scalars("step/loss")
+    assert [event.step for event in steps] == [1, 2, 3, 4]
+    first, second = (row["train_loss"] for row in history()["epochs"])
+    assert sum(event.value for event in steps[:2]) / 2 == pytest.approx(first)
+    assert sum(event.value for event in steps[2:]) / 2 == pytest.approx(second)
 
 
 def test_wrong_usage_is_told_once(folder, together):

@@ -50,24 +50,6 @@ def assert_same_run(folder: Path, reference: Path) -> None:
     assert not list((folder / "checkpoints").glob("*.tmp*"))
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(n, action): do `action` while step n from now, counted from 1, is under way."""
-    original = train.clip_gradients
-
-    def arrange(number: int, action) -> None:
-        steps = iter(range(1, 10**9))
-
-        def clip_gradients(*args):
-            if next(steps) == number:
-                action()
-            return original(*args)
-
-        monkeypatch.setattr(train, "clip_gradients", clip_gradients)
-
-    return arrange
-
-
 # ------------------------------------------------------------------------------------ exact resume
 
 

@@ -1,0 +1,3 @@
+"""The one place where this project's version stands."""
+
+VERSION = "0.2.0"
