@@ -35,8 +35,8 @@ from data.dataset import Split
 from data.load import load_dataset
 from deploy.predict import check_image_shape
 from paper import read_all
-from recipes import add_flags
 from saving.checkpoint import find_checkpoint, load_checkpoint
+from settings import add_flags
 from utils import BatchLoader
 from vit_model import ViT
 
