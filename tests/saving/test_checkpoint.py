@@ -73,7 +73,7 @@ def test_heads_are_restored_from_the_configuration_in_every_format(tmp_path, tol
 def test_a_checkpoint_of_a_later_format_asks_for_an_update(tmp_path):
     for later in (FORMAT + 1, "2"):
         save_checkpoint(tmp_path / "x.pt", {**published(ViT(depth=1)), "format": later})
-        with pytest.raises(UserError, match=r"x\.pt is of a newer version of .*: update"):
+        with pytest.raises(UserError, match=r"x\.pt was written by a newer version of .*: update"):
             load_checkpoint(tmp_path / "x.pt")
 
 
