@@ -171,5 +171,8 @@ def serve() -> None:
             else:
                 answers.append([picture.hash, picture.size, len(picture.pixels)])
                 pixels.append(picture.pixels.tobytes())
-        sys.stdout.buffer.write(b"".join([json.dumps(answers).encode(), b"\n", *pixels]))
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(b"".join([json.dumps(answers).encode(), b"\n", *pixels]))
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:  # who asked is gone; without Python's own words on that
+            os._exit(1)
