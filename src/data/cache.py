@@ -66,7 +66,7 @@ def find_place(data_dir: Path, cache_dir: str | Path | None, depends_on: Any) ->
     """Where images from `data_dir` are kept: in it, or in `cache_dir`.
 
     Args:
-        depends_on: all that they depend on, as JSON can have it.
+        depends_on: all that they depend on, but their size, as JSON can have it.
     """
     key = _hash(json.dumps(depends_on).encode())
     if cache_dir is None:
@@ -99,36 +99,47 @@ def can_write(place: Place, *, wanted: bool) -> bool:
 # ------------------------------------------------------------------------------------------- read
 
 
-def load(place: Place, num_files: int, img_size: int | None) -> Cached | None:
+def load(place: Place, num_files: int, img_size: int | None, in_chans: int | None) -> Cached | None:
     """The cache, mapped into memory; None, with a note on stderr, if what is there is of other
     files or settings, of another version or damaged, and without one if nothing is there.
 
     Args:
         num_files: how many files are listed.
-        img_size: side of the images; None: any.
+        img_size: side of the images; None: it was found from the images.
+        in_chans: their channels; None: the same.
     """
-    if not (place.index.exists() or place.array.exists()):
-        if place.others():
-            _note(place, "is of other files or settings")
-        return None
-    try:
-        head, _, text = read_bytes(place.index, 10_000 + 500 * num_files).partition(b"\n")
-        if int(head, 16) != zlib.crc32(text):
-            raise ValueError("checksum")
-        index = json.loads(text)
+    if place.index.exists() or place.array.exists():
+        try:
+            index, images = _read(place, num_files)
+        except Exception:  # whatever a damaged file brings up
+            _note(place, "is damaged or half written")
+            return None
         if index["version"] != VERSION:
             _note(place, "is of another version of this project")
             return None
-        answers = index["answers"]
-        images = np.lib.format.open_memmap(place.array, mode="c")
-        if len(answers) != num_files or not all(map(_is_answer, answers)):
-            raise ValueError("answers")
-        if not _is_of_images(images, img_size) or index["crc32"] != _crc32(images):
-            raise ValueError("images")
-    except Exception:  # whatever a damaged file brings up
-        _note(place, "is damaged or half written")
+        # What was found from the images does for who asks for just that.
+        sizes = zip((img_size, in_chans), index["sizes"], images.shape[2:0:-1], strict=True)
+        if all(asked == was or (was is None and asked == found) for asked, was, found in sizes):
+            return Cached(index["answers"], images)
+    elif not place.others():
         return None
-    return Cached(answers, images)
+    _note(place, "is of other files or settings")
+    return None
+
+
+def _read(place: Place, num_files: int) -> tuple[dict[str, Any], np.ndarray]:
+    """The two files. Raises an exception of some kind if they are damaged."""
+    head, _, text = read_bytes(place.index, 10_000 + 500 * num_files).partition(b"\n")
+    index = json.loads(text)
+    images = np.lib.format.open_memmap(place.array, mode="c")
+    _, channels, height, width = images.shape
+    sound = int(head, 16) == zlib.crc32(text) and index["crc32"] == _crc32(images)
+    sound &= channels in (1, 3) and height == width and images.dtype == np.uint8
+    sound &= len(index["answers"]) == num_files and all(map(_is_answer, index["answers"]))
+    sound &= len(index["sizes"]) == 2 and type(index["version"]) is int
+    if not sound:
+        raise ValueError
+    return index, images
 
 
 def _note(place: Place, what: str) -> None:
@@ -137,13 +148,6 @@ def _note(place: Place, what: str) -> None:
 
 def _is_answer(value: object) -> bool:
     return 0 <= value < 2**64 if type(value) is int else isinstance(value, str)
-
-
-def _is_of_images(images: np.ndarray, img_size: int | None) -> bool:
-    if images.ndim != 4 or images.dtype != np.uint8 or not images.flags.c_contiguous:
-        return False
-    _, channels, height, width = images.shape
-    return channels in (1, 3) and height == width == (img_size or width) and width > 0
 
 
 def _crc32(images: np.ndarray) -> int:
@@ -207,12 +211,20 @@ class Spool:
             ) from None
 
 
-def save(place: Place, answers: list[int | str], images: np.ndarray, order: np.ndarray) -> None:
+def save(
+    place: Place,
+    answers: list[int | str],
+    images: np.ndarray,
+    order: np.ndarray,
+    img_size: int | None,
+    in_chans: int | None,
+) -> None:
     """Write a cache, and remove the others of the same folder of images. Raises UserError if it
     can't be written.
 
     Args:
         images: (n, C, S, S), of which those at `order` are written.
+        img_size, in_chans: what was asked for, see `load`.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(order), *images.shape[1:])}
     checksum, step = 0, _step(images)
@@ -222,8 +234,8 @@ def save(place: Place, answers: list[int | str], images: np.ndarray, order: np.n
             part = np.ascontiguousarray(images[order[start : start + step]])
             checksum = zlib.crc32(part, checksum)
             file.write(part)
-    index = {"version": VERSION, "crc32": checksum, "answers": answers}
-    text = json.dumps(index)
+    index = {"version": VERSION, "crc32": checksum, "sizes": [img_size, in_chans]}
+    text = json.dumps({**index, "answers": answers})
     write_text(place.index, f"{zlib.crc32(text.encode()):08x}\n{text}")
     now = time.time()
     unfinished = place.folder.glob(f".{place.prefix}*.tmp.*")  # as atomic_write calls them

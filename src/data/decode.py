@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ class _Reader:
         try:
             return self._ask(paths)
         except (EOFError, BrokenPipeError):
-            status = self._process.wait()
+            status = self._end()
             if self._stopped or status in (0, 1):  # 1: an exception that it has printed
                 raise RuntimeError("a process that reads images has ended") from None
         self._start()
@@ -153,7 +154,15 @@ class _Reader:
     def stop(self) -> None:
         self._stopped = True
         self._process.kill()
-        self._process.wait()
+        self._end()
+
+    def _end(self) -> int:
+        """Wait for the process's end; its status."""
+        status = self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # what is left to be written has no reader
+                pipe.close()
+        return status
 
 
 def serve() -> None:

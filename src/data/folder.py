@@ -79,8 +79,8 @@ def load_folder(
     _class_names(listing, [True] * len(listing.files))
     how = {"img_size": img_size, "in_chans": in_chans, "resize": resize}
     files = [(file.path, file.size, file.mtime_ns) for file in listing.files]
-    place = cache.find_place(listing.folder, cache_dir, [how, shares, files])
-    cached = cache.load(place, len(files), img_size)
+    place = cache.find_place(listing.folder, cache_dir, [resize, shares, files])
+    cached = cache.load(place, len(files), img_size, in_chans)
     if cached is None:
         kept = cache.can_write(place, wanted=cache_dir is not None)
         cached = _read_all(listing, place if kept else None, shares, how)
@@ -146,7 +146,8 @@ def load_labelled(
             _note(f"{count} of {_images(len(used))} left out: the model was trained on the same")
     if not new.any():
         raise UserError(f"{data_dir} has no image left to score: name another folder of images")
-    return Split(torch.from_numpy(images)[new], torch.from_numpy(labels)[new])
+    new = new.numpy()
+    return Split(torch.from_numpy(images[new]), torch.from_numpy(labels[new]))
 
 
 def _to_tensor(hashes: np.ndarray) -> Tensor:
@@ -263,9 +264,8 @@ def _read_all(
     listing: Listing, place: cache.Place | None, shares: list[float], how: Mapping[str, Any]
 ) -> cache.Cached:
     """Decode all images, into a cache or, without a place for it, into memory."""
-    paths = [
-        listing.folder / file.path for file in listing.files[:: 1 + len(listing.files) // SAMPLE]
-    ]
+    sample = listing.files[:: 1 + len(listing.files) // SAMPLE]
+    paths = [listing.folder / file.path for file in sample]
     guess = how["img_size"] or _choose_side([size for size in map(stored_size, paths) if size])
     with cache.Spool(place) as spool:
         answers, sizes, in_chans = _decode(listing, spool, **{**how, "img_size": guess})
@@ -277,8 +277,8 @@ def _read_all(
         order = np.cumsum([isinstance(answer, int) for answer in answers])[order] - 1
         images = spool.images(how["in_chans"] or 3, side, side)[:, :in_chans]
         if place is None:
-            return cache.Cached(answers, images[order])
-        cache.save(place, answers, images, order)
+            return cache.Cached(answers, np.ascontiguousarray(images[order]))
+        cache.save(place, answers, images, order, how["img_size"], how["in_chans"])
     return cache.Cached(answers, np.lib.format.open_memmap(place.array, mode="c"))
 
 

@@ -309,7 +309,11 @@ def test_the_cache_is_made_anew_where_anything_changes(shapes, tmp_path, capsys)
     assert is_new() and not is_new()
     (shapes / "disc" / "notes.txt").write_text("no image")
     assert not is_new()
-    assert not is_new(cache_dir=None)
+    # What was found, given as flags, as those who score a model do.
+    assert not is_new(cache_dir=None, img_size=24, in_chans=3)
+    assert is_new(img_size=24, in_chans=1) and not is_new(img_size=24, in_chans=1)
+    assert is_new(in_chans=1) and not is_new(img_size=24, in_chans=1)
+    assert is_new() and load_folder(shapes).image_shape == (3, 24, 24)
     # In another place, several folders have theirs.
     other = draw_shapes(tmp_path / "other", seed=5)
     for _ in range(2):
