@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 import inference
-from analysis import figures, model_figures
+from analysis import figures, score_figures
 from data.digits import load_digits
 from data.load import load_dataset
 from vit_model import ViT
@@ -74,7 +74,7 @@ def test_visualize_draws_sixteen_test_images(run, tmp_path, checkpoint):
 
 
 def test_titles_are_green_where_right_and_red_where_wrong():
-    figure = model_figures.predictions(
+    figure = score_figures.predictions(
         np.zeros((2, 28, 28)), ["3", "5"], ["3", "6"], [0.996, 0.51], "two"
     )
     titles = [axes.title for axes in figure.axes if axes.get_title()]

@@ -32,8 +32,10 @@ from analysis.tiles import (
 CLASS_COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6")
 CLASS_COLORS += ("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 CLASS_MARKS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
-MAX_NAMED = 26  # classes whose names stand in a map; of more, their numbers
 MAP_SIDE = 5.4  # inches of a map
+MAX_COVERED = (
+    0.08  # of a map's area, by the names of classes; of more or longer, numbers stand there
+)
 BELOW_AND_ABOVE = "PuOr"  # on both sides of 0
 IMAGE_WIDTH = 2.4  # inches of an image beside its attention
 
@@ -149,10 +151,11 @@ def _draw_over(
         if np.nanmin(grey) < np.nanmax(grey):
             axes.contour(grey, [np.nanmax(grey) / 2], colors=RED, linewidths=0.9)
         return
-    tint = colormaps[MORE_IS_DARKER](norm(np.ma.masked_invalid(weights)))[..., :3]
-    pale = 0.45 + 0.55 * np.nan_to_num(grey, nan=255.0) / 255
-    gap = np.isnan(weights)[..., None]
-    axes.imshow(np.where(gap, 1, tint * pale[..., None]), interpolation="nearest")
+    low, high = np.nanmin(grey), np.nanmax(grey)
+    # So pale that no shadow in the image looks like attention.
+    pale = 0.7 + 0.3 * (grey - low) / max(high - low, 1)
+    tint = colormaps[MORE_IS_DARKER](norm(weights))[..., :3] * pale[..., None]
+    axes.imshow(np.nan_to_num(tint, nan=1.0), interpolation="nearest")
 
 
 # ------------------------------------------------------------------------------------- embeddings
@@ -178,11 +181,12 @@ def embeddings(
         maps: points (n, 2) by the method's name.
         labels: their classes (n,).
     """
-    names = list(class_names)
-    if len(names) > MAX_NAMED:
-        names = [f"{i} {name}" for i, name in enumerate(names, 1)]
-    size = 10 if len(names) <= MAX_NAMED else 8
-    columns = int(12.4 / (max(text_width(name, size) for name in names) + 0.6))
+    names, texts, size = list(class_names), list(class_names), 11
+    if sum(text_width(name, size) * size / 72 for name in names) > MAX_COVERED * MAP_SIDE**2:
+        texts, size = [str(i) for i in range(1, len(names) + 1)], 7 if len(names) > 50 else 9
+        names = [f"{text} {name}" for text, name in zip(texts, names, strict=True)]
+    legend_size = 10 if len(names) <= 30 else 8
+    columns = int(12.4 / (max(text_width(name, legend_size) for name in names) + 0.6))
     columns = max(1, min(10, columns))
     legend_height = 0.2 * math.ceil(len(names) / columns)
     figure = Figure(figsize=(13, 12 + legend_height), layout="constrained")
@@ -192,7 +196,7 @@ def embeddings(
     position_axes.set(title=f"Position embeddings ({kind}): each compared with all")
     _filter_tiles(filter_axes, components, shares)
     for axes, (name, points) in zip(map_axes, maps.items(), strict=True):
-        _class_map(axes, points, labels, names)
+        _class_map(axes, points, labels, names, texts, size)
         axes.set(title=f"{name} of the features that the head reads, {len(points):,} test images")
         axes.set(xlabel=f"{name} 1", ylabel=f"{name} 2", xticks=[], yticks=[])
     figure.legend(
@@ -200,7 +204,7 @@ def embeddings(
         loc="outside lower center",
         ncols=columns,
         frameon=False,
-        fontsize=size,
+        fontsize=legend_size,
         markerscale=2,
         title="class",
     )
@@ -247,12 +251,34 @@ def _filter_tiles(axes: Axes, components: np.ndarray, shares: np.ndarray) -> Non
     remove_frame(axes)
 
 
-def _class_map(axes: Axes, points: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> None:
-    """Scatter points by class, in its colour and mark, with its name, or of many classes its
-    number, beside the middle of them."""
+def beside(points: np.ndarray, middle: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Where a box of this width and height (2,) covers the fewest points (n, 2): on the middle or
+    beside it, the nearer the better."""
+    steps = np.stack(np.meshgrid([-1, -0.6, 0, 0.6, 1], [-3, -2, -1, 0, 1, 2, 3]), axis=-1)
+    places = middle + steps.reshape(-1, 2) * box
+    covered = (np.abs(points - places[:, None]) < box / 2).all(axis=2).sum(axis=1)
+    outside = (np.abs(places - 0.5) > 0.5 - box / 2).any(axis=1)
+    distance = np.linalg.norm(places - middle, axis=1)
+    return places[(covered / len(points) + distance + outside).argmin()]
+
+
+def _class_map(
+    axes: Axes,
+    points: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    texts: Sequence[str],
+    size: float,
+) -> None:
+    """Scatter points by class, in its colour and mark, with its text near the middle of them.
+
+    Args:
+        names: of the classes, for the legend.
+        texts: what stands in the map for each, in letters of `size` points.
+    """
     low, span = points.min(axis=0), np.maximum(np.ptp(points, axis=0), 1e-9)
     points = 0.05 + 0.9 * (points - low) / span
-    middles, few = {}, len(names) <= MAX_NAMED
+    shown, boxes, spots = [], [], []
     for i, name in enumerate(names):
         own = points[labels == i]
         color = CLASS_COLORS[i % len(CLASS_COLORS)]
@@ -261,13 +287,13 @@ def _class_map(axes: Axes, points: np.ndarray, labels: np.ndarray, names: Sequen
         if len(own):
             # The point next to the median: the median itself may lie between two groups.
             distances = np.linalg.norm(own - np.median(own, axis=0), axis=1)
-            middles[name if few else str(i + 1)] = own[distances.argmin()]
-    size = 11 if len(names) <= 10 else 9 if few else 7
-    boxes = np.array([(text_width(name, size), size / 72) for name in middles]) / MAP_SIDE + 0.01
+            shown.append(texts[i])
+            boxes.append(np.array((text_width(texts[i], size), size / 72)) / MAP_SIDE + 0.01)
+            spots.append(beside(points, own[distances.argmin()], boxes[-1]))
     look = {"ha": "center", "va": "center", "fontsize": size, "fontweight": "bold"}
     halo = [withStroke(linewidth=1.5, foreground="white")]
-    for name, spot in zip(middles, apart(np.array(list(middles.values())), boxes), strict=True):
-        axes.text(*spot, name, path_effects=halo, **look)
+    for text, spot in zip(shown, apart(np.array(spots), np.array(boxes)), strict=True):
+        axes.text(*spot, text, path_effects=halo, **look)
     axes.set(xlim=(0, 1), ylim=(0, 1))
 
 

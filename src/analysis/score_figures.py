@@ -17,8 +17,8 @@ from analysis.explain import Reliability, accuracy_interval
 from analysis.figures import BLUE, GREY, RED, tidy
 from analysis.tiles import MORE_IS_DARKER, gallery, remove_frame, text_width
 
-MAX_WRITTEN = 25  # classes whose counts are written into the cells; of more, colours tell
-MATRIX_SIDE = 8.2  # inches of a confusion matrix, of up to 58 classes
+MAX_WRITTEN = 26  # classes whose counts are written into the cells; of more, colours tell
+MATRIX_SIDE = 6.4, 8.2  # inches of a confusion matrix of few classes, and of up to 58
 LEAST_ROW = 0.14  # inches; a class's name of 7 points stands in it
 FEW_IMAGES = 10  # a bin with fewer is drawn pale: its accuracy says little
 
@@ -35,7 +35,7 @@ def predictions(
     side = max(1, math.ceil(math.sqrt(len(images))))
     figure = Figure(figsize=(2.1 * side, 2.4 * side + 0.4), layout="constrained")
     grid = figure.subplots(side, side, squeeze=False).ravel()
-    gallery(grid, 2.0, 10, images, labels, predicted, probabilities)
+    gallery(grid, 1.95, 10, images, labels, predicted, probabilities)
     figure.suptitle(title)
     return figure
 
@@ -58,12 +58,12 @@ def confusion(
         mistakes: `images` (m, H, W) or (m, H, W, 3), and their `labels`, `predicted` and
             `probabilities`, as `predictions` takes them; at most 16 are shown.
     """
-    side = max(MATRIX_SIDE, LEAST_ROW * len(counts))
+    side = max(np.clip(0.82 * len(counts), *MATRIX_SIDE), LEAST_ROW * len(counts))
     fontsize = min(10, 0.75 * 72 * side / len(counts))
     margin = max(text_width(name, fontsize) for name in class_names)
     width = 1.36 * side + 2 * margin + 1.2
-    tile = width / 8 - 0.1
-    upper_height, lower_height = 0.85 * side + margin + 0.9, 2 * tile + 1.7
+    tile, rows = width / 8 - 0.15, 1 + (len(mistakes["labels"]) > 8)
+    upper_height, lower_height = 0.85 * side + margin + 0.9, rows * (tile + 0.5) + 0.6
     figure = Figure(figsize=(width, upper_height + lower_height + 0.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[upper_height, lower_height])
     matrix_axes, score_axes = upper.subplots(1, 2, width_ratios=[10, 3.6])
@@ -76,7 +76,7 @@ def confusion(
         axes.set_yticks(range(len(class_names)), class_names, fontsize=fontsize)
         remove_frame(axes)
     if len(mistakes["labels"]):
-        gallery(lower.subplots(2, 8).ravel(), tile, 9, **mistakes)
+        gallery(lower.subplots(rows, 8).ravel(), tile, 9, **mistakes)
         lower.suptitle("The most confident mistakes")
     else:
         lower.suptitle("There is no mistake")
@@ -103,11 +103,16 @@ def _confusion_matrix(figure: SubFigure, axes: Axes, counts: np.ndarray) -> None
 
 
 def _class_scores(axes: Axes, scores: np.ndarray, fontsize: float) -> None:
-    """Write scores (K, 3) as percentages into cells, whose colour has one scale in all pictures."""
-    axes.imshow(scores, cmap=MORE_IS_DARKER, vmin=0, vmax=2, aspect="auto")  # so that text is read
+    """Write scores (K, 3) as percentages, each over a bar of its length."""
+    rows, columns = np.indices(scores.shape)
+    width = 0.92  # of 100 %, where cells are 1 wide
+    axes.barh(
+        rows.ravel(), np.full(scores.size, width), 0.9, columns.ravel() - width / 2, fc="0.95"
+    )
+    axes.barh(rows.ravel(), width * scores.ravel(), 0.9, columns.ravel() - width / 2, fc="#b7d4ea")
     _write_cells(axes, np.char.mod("%.2f", 100 * scores), np.zeros_like(scores), fontsize)
     axes.set_xticks(range(3), ["precision", "recall", "F1"])
-    axes.set(title="By class (%)")
+    axes.set(title="By class (%)", xlim=(-0.5, 2.5), ylim=(len(scores) - 0.5, -0.5))
 
 
 def _write_cells(axes: Axes, texts: np.ndarray, darkness: np.ndarray, size: float) -> None:
@@ -138,7 +143,7 @@ def reliability(bins: Reliability, title: str) -> Figure:
     ends = [accuracy_interval(*bin) for bin in zip(bins.correct[used], counts, strict=True)]
     low, high = 100 * np.array(ends).T
     reach = np.maximum(0, (accuracy - low, high - accuracy))  # rounding, at 0 and 100 %
-    about = {"ecolor": BLUE, "capsize": 3, "color": RED, "markersize": 6}
+    about = {"ecolor": BLUE, "capsize": 3, "color": RED, "markersize": 6, "clip_on": False}
     label = "mean confidence and accuracy of a bin, 95 % interval"
     upper.errorbar(confidence, accuracy, reach, fmt="o", label=label, **about)
     upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
@@ -153,6 +158,7 @@ def reliability(bins: Reliability, title: str) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
     if (counts < FEW_IMAGES).any():
         upper.bar(0, 0, color=(BLUE, 0.12), label=f"pale: fewer than {FEW_IMAGES} images")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2)
+    lower.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, columnspacing=1.2)
     figure.suptitle(title)
     return figure

@@ -15,9 +15,11 @@ MAX_NUMBERS = 16  # of tiles along a side; of more, some are left out
 
 
 def text_width(text: str, size: float) -> float:
-    """The width of a text in inches, in bold letters of `size` points."""
+    """The width of a text in inches, in bold letters of `size` points; drawn as pixels, letters
+    are a little wider than their outlines."""
     bold = FontProperties(size=size, weight="bold")
-    return max(TextPath((0, 0), line, prop=bold).get_extents().x1 for line in text.split("\n")) / 72
+    lines = [TextPath((0, 0), line, prop=bold).get_extents().x1 for line in text.split("\n")]
+    return 1.05 * max(lines) / 72
 
 
 # ---------------------------------------------------------------------------------------- captions
