@@ -14,10 +14,12 @@ from common.errors import UserError
 from data.catalog import NAMED_SETS
 from data.dataset import Dataset, Split
 from data.folder import load_labelled
+from data.listing import list_labelled
 from data.load import load_dataset
 from deploy.digit_image import read_digits
-from deploy.picture_files import images_in, read_each
-from deploy.predict import check_image_shape, image_shape
+from deploy.picture_files import read_each
+from deploy.predict import check_image_shape
+from saving.checkpoint import image_shape
 
 SHOWN = 20  # pictures that are named, of those that can't be read
 
@@ -37,7 +39,7 @@ def load_test_images(
     class_names = checkpoint["class_names"]
     of_folder = checkpoint["source"] == "folder"
     check_image_shape(checkpoint, path)
-    if data_dir is None or not (of_folder or labelled_folders(data_dir, class_names)):
+    if data_dir is None or not (of_folder or is_labelled(data_dir, class_names)):
         dataset = load_own_set(checkpoint, path, data_dir)
         return dataset.name, dataset.test
     name = Path(data_dir).resolve().name
@@ -84,42 +86,40 @@ def load_own_set(
     return dataset
 
 
-def labelled_folders(data_dir: str | Path, class_names: Sequence[str]) -> dict[str, Path]:
-    """The folders in `data_dir`, or in its `test`, that are named like a class, by the name. Raises
-    UserError if one can't be read.
-    """
-    for root in (Path(data_dir) / "test", Path(data_dir)):
-        try:
-            inside = {path.name: path for path in root.iterdir() if path.is_dir()}
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise UserError(f"folder {root} cannot be read: {error.strerror}") from None
-        if found := {name: inside[name] for name in class_names if name in inside}:
-            return found
-    return {}
+def is_labelled(data_dir: str | Path, class_names: Sequence[str]) -> bool:
+    """Whether a folder has a folder of pictures for any of these classes."""
+    try:
+        found = list_labelled(data_dir).classes["test"]
+    except UserError:  # whoever reads the data set there says what is wrong
+        return False
+    return not set(found).isdisjoint(class_names)
 
 
 def _read_labelled_digits(data_dir: str | Path, checkpoint: dict[str, Any]) -> Split:
     """The pictures of a labelled folder, each of one digit, as the digit reader brings them to
-    MNIST's form."""
-    class_names, things = checkpoint["class_names"], words_for(checkpoint).many
-    folders = labelled_folders(data_dir, class_names)
-    files = [(path, name) for name, folder in folders.items() for path in images_in(folder)]
-    read = partial(read_digits, single=True, things=things)
-    readings = read_each([str(path) for path, _ in files], read)
+    MNIST's form. Raises UserError if none can be read, or one is of another class.
+    """
+    class_names, words = checkpoint["class_names"], words_for(checkpoint)
+    files = list_labelled(data_dir).files
+    for name in sorted({file.class_name for file in files} - set(class_names)):
+        raise UserError(
+            f"{data_dir} has pictures of a class {name!r}, which the model doesn't know: it knows "
+            f"{_listed(class_names)}; rename or remove that folder"
+        )
+    read = partial(read_digits, single=True, things=words.many)
+    readings = read_each([str(Path(data_dir, file.path)) for file in files], read)
     errors = [str(reading) for reading in readings if isinstance(reading, UserError)]
     for error in errors[:SHOWN]:
         print(f"note: {error}; it is left out", file=sys.stderr)
     if len(errors) > SHOWN:
         print(f"note: {len(errors) - SHOWN} more are left out", file=sys.stderr)
     found = [
-        (reading.digits[0].pixels, class_names.index(name))
-        for (_, name), reading in zip(files, readings, strict=True)
+        (reading.digits[0].pixels, class_names.index(file.class_name))
+        for file, reading in zip(files, readings, strict=True)
         if not isinstance(reading, UserError)
     ]
     if not found:
-        raise UserError(f"{data_dir} has no picture of a {words_for(checkpoint).one} that is read")
+        raise UserError(f"{data_dir} has no picture of a {words.one} that can be read")
     pixels, labels = zip(*found, strict=True)
     return Split(torch.from_numpy(np.stack(pixels)).unsqueeze(1), torch.tensor(labels))
 

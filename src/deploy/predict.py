@@ -17,6 +17,7 @@ from data.decode import DRAFT
 from data.pictures import open_picture, prepare
 from deploy.digit_image import Reading, read_digits
 from deploy.picture_files import read_each
+from saving.checkpoint import image_shape
 from vit_model import ViT
 
 BATCH_SIZE = 256
@@ -51,12 +52,6 @@ def normalize(images: torch.Tensor, checkpoint: dict[str, Any]) -> torch.Tensor:
     """Images uint8 (n, C, S, S) as the checkpoint's model takes them."""
     mean, std = (per_channel(v, images.device) for v in checkpoint["normalization"].values())
     return (images.float() / 255 - mean) / std
-
-
-def image_shape(checkpoint: dict[str, Any]) -> tuple[int, int, int]:
-    """Channels, height and width of the images that the checkpoint's model takes."""
-    config = checkpoint["model_config"]
-    return config["in_chans"], config["img_size"], config["img_size"]
 
 
 def check_image_shape(checkpoint: dict[str, Any], path: str | Path, advice: str = "") -> None:

@@ -121,6 +121,12 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
     return model, {**checkpoint, "model_config": config}
 
 
+def image_shape(checkpoint: dict[str, Any]) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a loaded checkpoint's model takes."""
+    config = checkpoint["model_config"]
+    return config["in_chans"], config["img_size"], config["img_size"]
+
+
 # -------------------------------------------------------------------------------------------- read
 
 
