@@ -100,7 +100,7 @@ def test_the_chain_of_commands_from_training_to_export(tmp_path):
     assert "digit.png: " in command(inference, "--mode=predict", "--image", "digit.png")
     written = {path.name for path in (tmp_path / "outputs").iterdir()}
     pictures = {"training_curves.png", "predictions.png"}
-    assert written == pictures | {"vit_mnist.onnx", "predictions.json"}
+    assert written == pictures | {"vit_digits.onnx", "predictions.json"}
 
 
 # ----------------------------------------------------------------------------------------- errors

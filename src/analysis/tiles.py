@@ -18,8 +18,9 @@ def text_width(text: str, size: float) -> float:
     """The width of a text in inches, in bold letters of `size` points; drawn as pixels, letters
     are a little wider than their outlines."""
     bold = FontProperties(size=size, weight="bold")
-    lines = [TextPath((0, 0), line, prop=bold).get_extents().x1 for line in text.split("\n")]
-    return 1.05 * max(lines) / 72
+    lines = [line for line in text.split("\n") if line.strip()]  # a path of nothing has no extents
+    widths = [TextPath((0, 0), line, prop=bold).get_extents().x1 for line in lines]
+    return 1.05 * max(widths, default=0) / 72
 
 
 # ---------------------------------------------------------------------------------------- captions

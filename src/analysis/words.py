@@ -25,9 +25,9 @@ PICTURE = Words("picture", "pictures", *NONE_OF_THESE)
 # How a picture is brought to an image's square, by the checkpoint's `preparation`.
 PREPARED = {
     "digit": "scaled to fit 20x20, centred by mass in 28x28, light on black",
-    "crop": "its middle square, resized",
-    "pad": "padded to a square, resized",
-    "stretch": "stretched to a square, resized",
+    "crop": "its middle square, resized (bicubic)",
+    "pad": "padded to a square in its border's mean colour, resized (bicubic)",
+    "stretch": "resized to a square (bicubic)",
 }
 
 

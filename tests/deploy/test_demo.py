@@ -17,6 +17,7 @@ from PIL import Image
 
 import demo
 from analysis.explain import attention_weights, patch_map, rollout
+from analysis.words import DIGIT, PREPARED
 from data.digits import load_digits
 from deploy.digit_image import read_digits
 from deploy.predict import predict
@@ -62,10 +63,10 @@ def test_the_page_is_served_and_refers_to_nothing_outside(server):
 def test_a_drawing_is_read_as_by_python(server, checkpoint):
     model, about = load_checkpoint(checkpoint)
     reading = read_digits(io.BytesIO(NUMBER))
-    images = np.stack([digit.pixels for digit in reading.digits])
+    images = np.stack([digit.pixels for digit in reading.digits])[:, None]
     expected = predict(model, images, about)
     (mean,), (std,) = about["normalization"]["mean"], about["normalization"]["std"]
-    pixels = (torch.from_numpy(images / np.float32(255)).unsqueeze(1) - mean) / std
+    pixels = (torch.from_numpy(images / np.float32(255)) - mean) / std
     looked = patch_map(rollout(attention_weights(model, pixels)), model)
     answer = server.request("POST", "/predict", NUMBER).data
     assert answer["size"] == list(reading.size) == [480, 280] and len(answer["digits"]) == 2
@@ -85,6 +86,9 @@ def test_the_model_is_described(server, checkpoint):
         "validation": about["best_acc"],
         "class_names": about["class_names"],
         "parameters": sum(p.numel() for p in model.parameters()),
+        "words": DIGIT._asdict(),
+        "image_size": 28,
+        "preparation": PREPARED["digit"],
     }
 
 
@@ -92,7 +96,7 @@ def test_ten_clients_at_once_each_get_their_own_answer(server, checkpoint):
     model, about = load_checkpoint(checkpoint)
     pictures = [png(Image.fromarray(image[0].numpy())) for image in load_digits().test.images[:10]]
     read = [read_digits(io.BytesIO(picture)).digits[0].pixels for picture in pictures]
-    expected = predict(model, np.stack(read), about).probabilities
+    expected = predict(model, np.stack(read)[:, None], about).probabilities
     assert len({tuple(row) for row in expected}) == 10
 
     def ask(picture: bytes) -> list[float]:

@@ -94,7 +94,7 @@ def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
     assert str(ROOT).encode() not in path.read_bytes()
 
     images, labels = (part.numpy() for part in (load_digits().val.images, load_digits().val.labels))
-    expected = predict.predict(model, images[:, 0], about).probabilities
+    expected = predict.predict(model, images, about).probabilities
     if not raw:
         images = (images / np.float32(255) - np.float32(0.1593)) / np.float32(0.2986)
     outputs, metadata = (run_program if program else run_onnx)(path, images)
@@ -112,6 +112,9 @@ def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
         "class_names": json.dumps(list("0123456789")),
         "mean": "0.1593",
         "std": "0.2986",
+        "image_size": "28",
+        "channels": "grey",
+        "preparation": "scaled to fit 20x20, centred by mass in 28x28, light on black",
         "temperature": str(about["calibration"]["temperature"]),
         "precision": precision,
     }
@@ -137,7 +140,7 @@ def test_files_do_as_well_on_all_of_mnists_test_images():
     model, about = load_checkpoint(PRETRAINED)
     data = load_dataset("mnist", MNIST)
     images, labels = data.test.images.numpy(), data.test.labels.numpy()
-    expected = predict.predict(model, images[:, 0], about).probabilities.argmax(1)
+    expected = predict.predict(model, images, about).probabilities.argmax(1)
     options = {"raw_input": True, "int8_images": data.train.images[: export.INT8_IMAGES]}
     for precision, loss, different in (("fp32", 0, 0), ("int8", 0.1, 30)):
         content = export.export(model, about, precision=precision, **options).content
@@ -170,7 +173,7 @@ def test_the_documentation_shows_how_to_run_a_file(tmp_path, monkeypatch, capsys
     own = re.sub(r"image = .*# or: (.*)\nImageDraw.*", r"image = \1", snippet)
     assert 'image = Image.open("digit.png")' in own
     image = load_digits().test.images[0].numpy()
-    (expected,) = predict.predict(model, image, about).probabilities
+    (expected,) = predict.predict(model, image[None], about).probabilities
     for pixels in (image[0], 255 - image[0]):
         Image.fromarray(pixels).save("digit.png")
         exec(own, {})
