@@ -78,7 +78,7 @@ def prepare_picture(
     """
     in_chans, img_size, _ = image_shape(checkpoint)
     picture = open_picture(source, what, DRAFT * img_size)
-    return np.asarray(prepare(picture, img_size, in_chans, checkpoint["preparation"]))
+    return np.array(prepare(picture, img_size, in_chans, checkpoint["preparation"]))
 
 
 def answer_files(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from PIL import Image
 
 import inference
 from data.digits import load_digits
+from data.folder import load_folder
 from data.load import load_dataset
 from deploy import export, predict
 from saving.checkpoint import PRETRAINED, load_checkpoint
@@ -51,13 +53,15 @@ def checkpoint(trained) -> Path:
 # ---------------------------------------------------------------- what a file holds, what it does
 
 
-def run_onnx(path: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+def run_onnx(
+    path: Path, images: np.ndarray, num_classes: int = 10
+) -> tuple[np.ndarray, dict[str, str]]:
     """Outputs and metadata of a valid file, which takes batches of any size."""
     onnx.checker.check_model(onnx.load(path), full_check=True)
     session = onnxruntime.InferenceSession(path)
     (given,), (output,) = session.get_inputs(), session.get_outputs()
     assert (given.name, output.name, output.type) == ("input", "output", "tensor(float)")
-    assert session.run(None, {"input": images[:1]})[0].shape == (1, 10)
+    assert session.run(None, {"input": images[:1]})[0].shape == (1, num_classes)
     metadata = session.get_modelmeta().custom_metadata_map
     return session.run(None, {"input": images})[0], metadata
 
@@ -130,6 +134,63 @@ def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
     if precision != "int8":
         difference = float(re.search(r"batches of 1, 7 and 128: (\S+)", result.out)[1])
         assert difference <= (0.05 if precision == "fp16" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ("--raw_input", "fp32"),
+        ("--raw_input --quantize int8", "int8"),
+        slow("", "fp32"),
+        slow("--half", "fp16"),
+    ],
+)
+def test_a_model_of_photos_is_exported_with_all_that_it_takes_to_use_it(
+    run, tmp_path, photos, flags, precision
+):
+    path = photos / "checkpoints" / "best_model.pt"
+    command = f"--mode onnx {flags} --data_dir {photos / 'photos'} --checkpoint".split()
+    result = run(inference.main, *command, path)
+    assert result.status == 0, result.err
+    model, about = load_checkpoint(path)
+    data = load_folder(photos / "photos", img_size=32, in_chans=3)
+    images, labels = data.val.images.numpy(), data.val.labels.numpy()
+    expected = predict.predict(model, images, about).probabilities
+    mean, std = (np.array(about["normalization"][name]) for name in ("mean", "std"))
+    raw = "--raw_input" in flags
+    if not raw:
+        images = (images / 255 - mean[:, None, None]) / std[:, None, None]
+        images = images.astype(np.float32)
+    outputs, metadata = run_onnx(tmp_path / "outputs" / "vit_folder.onnx", images, 3)
+    same = (outputs.argmax(1) == expected.argmax(1)).sum()
+    assert same >= (0.9 if precision == "int8" else 1) * len(labels)
+    if raw:
+        assert np.abs(outputs - expected).max() < (0.2 if precision == "int8" else 5e-3)
+    assert metadata.pop("input").startswith(f"{'uint8' if raw else 'float32'} (batch, 3, 32, 32): ")
+    assert json.loads(metadata.pop("class_names")) == ["circle", "square", "triangle"]
+    for name, values in (("mean", mean), ("std", std)):
+        assert [float(value) for value in metadata.pop(name).split(", ")] == values.tolist()
+    assert (
+        metadata["preparation"].startswith("its middle square") and metadata["image_size"] == "32"
+    )
+    assert metadata["channels"] == "red, green, blue" and metadata["precision"] == precision
+    assert "light on black" not in str(metadata)
+    right = 100 * (outputs.argmax(1) == labels).mean()
+    assert re.search(rf"^validation accuracy .* {right:.2f} %$", result.out, re.MULTILINE)
+
+
+def test_a_model_of_photos_is_exported_without_them_but_for_int8(run, photos):
+    flags = "--mode onnx --raw_input --checkpoint".split()
+    path = photos / "checkpoints" / "best_model.pt"
+    result = run(inference.main, *flags, path)
+    assert result.status == 0 and "is not measured" in result.err and "--data_dir" in result.err
+    result = run(inference.main, *flags, path, "--quantize", "int8")
+    assert_one_error_line(result, "--quantize int8", "training images", "--data_dir")
+    Path("mine/circle").mkdir(parents=True)
+    for kind in ("circle", "star"):
+        shutil.copytree(photos / "photos" / "circle", f"mine/{kind}", dirs_exist_ok=True)
+    result = run(inference.main, *flags, path, "--quantize", "int8", "--data_dir", "mine")
+    assert_one_error_line(result, "--quantize int8", "circle, square, triangle", "circle, star")
 
 
 @pytest.mark.slow
