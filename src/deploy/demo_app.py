@@ -112,9 +112,7 @@ def refuse_other_sites(request: Request) -> None:
         raise HTTPException(403, "the page of another site may not ask; open this page itself")
 
 
-def answer(
-    model: ViT, checkpoint: dict[str, Any], source: BinaryIO, what: str
-) -> dict[str, Any]:
+def answer(model: ViT, checkpoint: dict[str, Any], source: BinaryIO, what: str) -> dict[str, Any]:
     """What the page shows of a picture, which messages call `what`. Raises UserError if it can't be
     read.
 

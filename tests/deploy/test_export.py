@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
 from PIL import Image
+from shapes import draw_shape
 
 import inference
 from data.digits import load_digits
@@ -240,6 +241,28 @@ def test_the_documentation_shows_how_to_run_a_file(tmp_path, monkeypatch, capsys
         exec(own, {})
         printed = f"{expected.argmax()}: {100 * expected.max():.1f} %\n"
         assert capsys.readouterr().out == printed
+
+
+def test_the_documentation_shows_how_to_ask_a_file_of_a_photo(
+    tmp_path, monkeypatch, capsys, photos
+):
+    text = (ROOT / "docs" / "inference.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    (snippet,) = (block for block in blocks if "photo.jpg" in block)
+    assert len(snippet.splitlines()) <= 14
+    model, about = load_checkpoint(photos / "checkpoints" / "best_model.pt")
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    content = export.export(model, about, raw_input=True).content
+    Path("outputs", "vit_folder.onnx").write_bytes(content)
+    draw_shape("square", np.random.default_rng(0), (333, 250)).save("photo.jpg", quality=95)
+    exec(snippet, {})
+    answers = [line.split(": ") for line in capsys.readouterr().out.splitlines()]
+    (expected,) = predict.answer_pictures(model, about, ["photo.jpg"])
+    assert len(answers) == 3 and answers[0][0] == expected["prediction"] == "square"
+    for name, share in answers:
+        share = float(share.removesuffix(" %"))
+        assert share == pytest.approx(100 * expected["probabilities"][name], abs=2)
 
 
 @pytest.mark.parametrize(
