@@ -32,9 +32,10 @@ def predictions(
 ) -> Figure:
     """Draw images (n, H, W) or (n, H, W, 3) in a grid, each under its predicted label, that label's
     probability and the true label: green where they agree, red where not."""
-    side = max(1, math.ceil(math.sqrt(len(images))))
-    figure = Figure(figsize=(2.1 * side, 2.4 * side + 0.4), layout="constrained")
-    grid = figure.subplots(side, side, squeeze=False).ravel()
+    columns = max(3, math.ceil(math.sqrt(len(images))))  # the title needs three
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(2.1 * columns, 2.4 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
     gallery(grid, 1.95, 10, images, labels, predicted, probabilities)
     figure.suptitle(title)
     return figure

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from conftest import MNIST, assert_one_error_line, needs_mnist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
+from PIL import Image
 
 import inference
 from analysis import explain, figures, report, run_files
@@ -138,6 +140,18 @@ def test_photos_are_drawn_in_colour_in_every_picture(run, photos, drawn):
     for image in (shown["visualize"][0], shown["attention"][0]):
         assert image.shape == (32, 32, 3) and image.dtype == np.uint8
         assert np.ptp(image.astype(int), axis=2).max() > 100  # a coloured shape
+
+
+def test_one_picture_is_enough_for_every_figure(run, photos, drawn):
+    Path("one/circle").mkdir(parents=True)
+    shutil.copy(photos / "photos" / "circle" / "0.png", "one/circle/other.png")
+    Image.open("one/circle/other.png").rotate(90).save("one/circle/other.png")  # not trained on
+    path = photos / "checkpoints" / "best_model.pt"
+    for mode in PICTURES:
+        flags = ("--checkpoint", path, "--data_dir", "one", "--output", "p.png")
+        result = run(inference.main, "--mode", mode, *flags)
+        assert result.status == 0, result.err
+        assert_readable(drawn[-1])
 
 
 # --------------------------------------------------------------------------------------- the report
