@@ -6,6 +6,8 @@ reached; the schedule always ends with the budget, and no run is stopped by look
 The first of the two times is that of the epochs, from compiling and the first training step to the
 last validation, without what is written between them; the second is the process's from start to
 end, importing, loading, testing and drawing included.
+
+    python benchmarks/accuracy.py --recipe best --dataset folder --data_dir photos --seeds 5
 """
 
 import report  # finds src
@@ -18,18 +20,20 @@ from tqdm import tqdm
 
 from common import cli
 from common.device import choose_device
-from recipes import RECIPES
-from settings import Settings, add_flags
+from recipes import DATASET_SETTINGS, RECIPES
+from settings import add_flags
+from training.resolve import resolve
 
-TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of the test set
+TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of MNIST's test set
 
 
 def train(seed: int, epochs: int, args, more: list[str]) -> tuple[float, float, float, float]:
     """Test and validation accuracy (%), seconds from the first step and of the process."""
     start = time.perf_counter()
+    data_dir = ("--data_dir", args.data_dir) if args.data_dir else ()
     history = report.train(
-        *("--recipe", args.recipe, "--epochs", epochs, "--seed", seed, "--dataset", "mnist"),
-        *("--data_dir", args.data_dir, "--device", args.device, *more),
+        *("--recipe", args.recipe, "--epochs", epochs, "--seed", seed, "--dataset", args.dataset),
+        *(*data_dir, "--device", args.device, *more),
     )
     whole = time.perf_counter() - start
     seconds = sum(row["seconds"] for row in history["epochs"])
@@ -48,13 +52,14 @@ def main() -> None:
     parser.add_argument(
         "--flags", default="", help='more of src/train.py\'s, as in --flags="--embed_dim 64"'
     )
+    parser.add_argument("--dataset", default="mnist", choices=DATASET_SETTINGS, help="any set")
     add_flags(parser, ("data_dir", "device"))
     report.add_record(parser)
     args = parser.parse_args()
-    device = choose_device(args.device)
+    device, is_mnist = choose_device(args.device), args.dataset == "mnist"
 
     rows, reached = [], {}
-    for epochs in sorted(args.epochs or []) or [Settings(**RECIPES[args.recipe]).epochs]:
+    for epochs in sorted(args.epochs or [resolve(args.recipe, args.dataset, {}).epochs]):
         seeds = tqdm(range(args.seeds), desc=f"{epochs} epochs", leave=False, disable=None)
         runs = [train(seed, epochs, args, shlex.split(args.flags)) for seed in seeds]
         test, val, seconds, whole = zip(*runs, strict=True)
@@ -73,13 +78,14 @@ def main() -> None:
         for target in TARGETS:
             if mean_test >= target:
                 reached.setdefault(target, f"{target} % after {rows[-1][4]}")
+    what = f"`{args.recipe}`" if is_mnist else f"`{args.recipe}` on {args.dataset}"
     report.publish(
-        f"Accuracy of `{args.recipe}`, {args.seeds} seed{'s' * (args.seeds > 1)}",
+        f"Accuracy of {what}, {args.seeds} seed{'s' * (args.seeds > 1)}",
         ["epochs", "test, mean", "test, min", "validation, mean", "from first step", "process"],
         rows,
         device=device,
         record=args.record,
-        notes="Reached: " + ("; ".join(reached.values()) or f"less than {TARGETS[0]} %") + ".",
+        notes=f"Reached: {'; '.join(reached.values()) or f'less than {TARGETS[0]} %'}." * is_mnist,
     )
 
 

@@ -323,7 +323,7 @@ def main() -> None:
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed))
 
     def right(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        return predict(model, images, checkpoint).probabilities.argmax(axis=1) == labels
+        return predict(model, images[:, None], checkpoint).probabilities.argmax(axis=1) == labels
 
     rows, read_rightly, themselves = [], [], []
     for name in tqdm(args.kinds or KINDS, desc="kinds", disable=None):

@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 
+from analysis.words import DIGIT, words_for  # noqa: E402
 from common import cli  # noqa: E402
 from common.device import choose_device, describe_threads  # noqa: E402
 from common.errors import UserError  # noqa: E402
@@ -61,6 +62,8 @@ def load_reading(args: argparse.Namespace) -> tuple[ViT, dict[str, Any], Split]:
     """The model on the device, its checkpoint, and MNIST's digits, as the flags say."""
     device = choose_device(args.device)
     model, checkpoint = load_checkpoint(find_checkpoint(args.checkpoint))
+    if words_for(checkpoint) is not DIGIT:
+        raise UserError("--checkpoint: expected a model of digits")
     split = getattr(load_dataset("mnist", args.data_dir), args.split)
     return model.to(device), checkpoint, split
 

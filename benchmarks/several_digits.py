@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common import cli
 from common.errors import UserError
 from deploy.digit_image import read_digits
-from deploy.predict import answer
+from deploy.predict import answer_digits
 from vit_model import ViT
 
 PRINTED = (
@@ -207,7 +207,7 @@ def read_all(
         except UserError as error:
             readings.append(error)
     texts = [picture.text for picture in pictures]
-    answers = answer(model, checkpoint, texts, readings)
+    answers = answer_digits(model, checkpoint, texts, readings)
     return [row.get("prediction", "") for row in answers], texts
 
 

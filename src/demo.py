@@ -1,4 +1,6 @@
-"""A web page to draw a digit on: what the network reads, what it received, where it looked."""
+"""A web page to draw digits on, or to drop pictures on, by what the model was trained on: what the
+network sees, what it received, where it looked.
+"""
 
 import common.startup  # noqa: F401 before PyTorch
 
@@ -59,7 +61,7 @@ def main() -> None:
     model, checkpoint = load_checkpoint(path)
     check_image_shape(checkpoint, path)
     with open_socket(args.host, args.port) as listener:
-        torch.set_num_threads(1)  # one digit is too little work to share
+        torch.set_num_threads(1)  # one image is too little work to share
         address, port = listener.getsockname()[:2]
         local = ip_address(address).is_loopback
         shown = "localhost" if ip_address(address).is_unspecified else in_url(args.host)

@@ -1,4 +1,4 @@
-"""What you do with a trained model: picture its predictions, score it, export it, read your digits.
+"""What you do with a trained model: picture its predictions, score it, export it, ask it.
 
 Each mode is a function, which MODES names; flags.py has their flags.
 """
@@ -6,7 +6,7 @@ Each mode is a function, which MODES names; flags.py has their flags.
 import common.startup  # noqa: F401 before PyTorch
 
 from common import cli
-from deploy.flags import EXPORTS, parse_args
+from deploy.flags import EXPORTS, default_output, parse_args
 
 if __name__ == "__main__":
     cli.check_flags(parse_args)  # before PyTorch is imported, which takes seconds
@@ -29,15 +29,17 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from analysis import explain, figures, model_figures
+from analysis import explain, figures, model_figures, score_figures
 from analysis.report import reliability_text, write_report
+from analysis.words import PICTURE, words_for
 from common.device import choose_device
 from common.errors import UserError
 from common.files import atomic_write, check_writable, write_json
-from data.dataset import Dataset, Split
-from data.load import load_dataset
+from data.dataset import Split
 from deploy.answers import show
-from deploy.predict import answer, check_image_shape, list_images, read_images
+from deploy.datasets import load_own_set, load_test_images
+from deploy.picture_files import list_images
+from deploy.predict import answer_files, check_image_shape
 from saving.checkpoint import find_checkpoint, load_checkpoint
 from utils import BatchLoader, accuracy
 from vit_model import ViT
@@ -55,15 +57,19 @@ class Task:
     device: torch.device
 
     @cached_property
-    def dataset(self) -> Dataset:
-        """The data set that the model was made for. Raises UserError if it can't be had."""
-        check_image_shape(self.checkpoint, self.args.checkpoint)
-        return load_dataset(self.checkpoint["source"], self.args.data_dir)
+    def scored(self) -> tuple[str, Split]:
+        """What the test images' set is called, and they. Raises UserError if they can't be had."""
+        return load_test_images(self.checkpoint, self.args.checkpoint, self.args.data_dir)
+
+    @property
+    def scored_on(self) -> str:
+        """What the test images' set is called, as pictures can show it."""
+        return figures.label(self.scored[0])
 
     @cached_property
     def test(self) -> BatchLoader:
-        """The test set, normalised as the images that the model was trained on."""
-        split = self.dataset.test.to(self.device)
+        """The test images, normalised as the images that the model was trained on."""
+        split = self.scored[1].to(self.device)
         return BatchLoader(split, 500, **self.checkpoint["normalization"])
 
     @cached_property
@@ -96,8 +102,9 @@ def take_sample(
 
 
 def pixels(split: Split) -> np.ndarray:
-    """The images as figures show them, uint8 (n, 28, 28)."""
-    return split.images[:, 0].cpu().numpy()
+    """The images as figures show them: uint8 (n, S, S), or (n, S, S, 3) in colour."""
+    images = split.images.movedim(1, -1).cpu().numpy()
+    return images[..., 0] if images.shape[-1] == 1 else images
 
 
 # ------------------------------------------------------------------------- the modes that draw
@@ -107,36 +114,35 @@ def draw_predictions(task: Task) -> Figure:
     """16 random test images under what the model takes them for."""
     _, loader, outputs = take_sample(task, 16)
     right = f"{outputs.correct.sum()} of {len(outputs.labels)} test images right"
-    return model_figures.predictions(
+    return score_figures.predictions(
         pixels(loader.split),
         task.names(outputs.labels),
         task.names(outputs.predicted),
         outputs.confidence,
-        f"{right} ({task.dataset.name})",
+        f"{right} ({task.scored_on})",
     )
 
 
 def draw_attention(task: Task) -> Figure:
     """What every layer and head looks at in chosen or random test images."""
-    chosen, last, dataset = task.args.index, len(task.test.split) - 1, task.dataset.name
+    chosen, last = task.args.index, len(task.test.split) - 1
     if chosen and max(chosen) > last:
-        raise UserError(f"--index {max(chosen)}: the {dataset} test set has images 0 to {last}")
+        raise UserError(
+            f"--index {max(chosen)}: the {task.scored[0]} test set has images 0 to {last}"
+        )
     indices, loader, outputs = take_sample(task, 3, chosen)
     ((images, _),) = loader
     weights = explain.attention_weights(task.model, images)
-    names = task.names(outputs.predicted), task.names(outputs.labels)
-    titles = [
-        f"test image {i}\n{guess}: {100 * probability:.1f} % (true: {label})"
-        for i, guess, label, probability in zip(indices, *names, outputs.confidence, strict=True)
-    ]
+    shown = [f"test image {i}" for i in indices]
+    names = task.names(outputs.predicted), outputs.confidence, task.names(outputs.labels)
     reader = "The CLS token's" if task.model.pool == "cls" else "All patches' mean"
     return model_figures.attention(
         pixels(loader.split),
         explain.patch_map(weights, task.model).cpu().numpy(),
         explain.patch_map(explain.rollout(weights), task.model).cpu().numpy(),
-        titles,
-        outputs.correct.tolist(),
-        f"{reader} attention to each patch ({dataset})",
+        list(zip(shown, *names, strict=True)),
+        words_for(task.checkpoint) is not PICTURE,
+        f"{reader} attention to each patch ({task.scored_on})",
     )
 
 
@@ -151,7 +157,7 @@ def draw_embeddings(task: Task) -> Figure:
         explain.project(outputs.features[some], seed),
         outputs.labels[some],
         task.names(),
-        f"Embeddings of positions, patches and images ({task.dataset.name})",
+        f"Embeddings of positions, patches and images ({task.scored_on})",
     )
 
 
@@ -167,21 +173,21 @@ def draw_confusion(task: Task) -> Figure:
         "probabilities": outputs.confidence[worst],
     }
     right = f"{100 * outputs.correct.mean():.2f} % of {len(outputs.labels):,} test images right"
-    return model_figures.confusion(
+    return score_figures.confusion(
         outputs.confusion,
         outputs.class_scores,
         names,
         mistakes,
-        f"{right} ({task.dataset.name})",
+        f"{right} ({task.scored_on})",
     )
 
 
 def draw_calibration(task: Task) -> Figure:
     """Reliability diagram with the expected calibration error."""
     outputs = task.outputs
-    return model_figures.reliability(
+    return score_figures.reliability(
         explain.reliability(outputs.confidence, outputs.correct),
-        f"Expected calibration error {reliability_text(outputs)} ({task.dataset.name})\n"
+        f"Expected calibration error {reliability_text(outputs)} ({task.scored_on})\n"
         f"mean confidence {100 * outputs.confidence.mean():.2f} %, "
         f"accuracy {100 * outputs.correct.mean():.2f} %",
     )
@@ -213,6 +219,7 @@ def report(task: Task) -> None:
         checkpoint=task.checkpoint,
         model=task.model,
         outputs=task.outputs,
+        dataset=task.scored[0],
         pictures=pictures,
     )
     for note in notes:
@@ -225,7 +232,7 @@ def report(task: Task) -> None:
 
 def score(task: Task) -> None:
     """Score on the test set, as training ends; an evaluation of another checkpoint is kept."""
-    smoothing, dataset = task.checkpoint["settings"]["label_smoothing"], task.dataset.name
+    smoothing, dataset = task.checkpoint["settings"]["label_smoothing"], task.scored[0]
     outputs, path = task.outputs, task.args.output
     logits, labels = torch.from_numpy(outputs.logits), torch.from_numpy(outputs.labels)
     loss = F.cross_entropy(logits.double(), labels, label_smoothing=smoothing).item()
@@ -273,7 +280,7 @@ def export_file(task: Task) -> None:
     args = task.args
     precision = "fp16" if args.half else "int8" if args.quantize == "int8" else "fp32"
     try:
-        dataset = task.dataset
+        dataset = load_own_set(task.checkpoint, args.checkpoint, args.data_dir)
     except UserError as error:
         if precision == "int8":
             raise UserError(f"--quantize int8 needs training images: {error}") from None
@@ -296,13 +303,14 @@ def export_file(task: Task) -> None:
 
 
 def read_pictures(task: Task) -> None:
-    """Print and write what digits each picture shows; those that can't be read are named."""
-    names = list_images(task.args.image)
-    readings = read_images(names, task.args.single)
-    answers = answer(task.model, task.checkpoint, names, readings)
+    """Print and write what each picture shows; those that can't be read are named."""
+    names, words = list_images(task.args.image), words_for(task.checkpoint)
+    if task.args.single and words is PICTURE:
+        raise UserError("--single is for models that read digits; this one takes whole pictures")
+    answers = answer_files(task.model, task.checkpoint, names, task.args.single)
     about = {name: task.checkpoint[name] for name in ("dataset", "class_names")}
     result = {"checkpoint": task.args.checkpoint, **about, "images": answers}
-    all_read = show(result, task.args.format)
+    all_read = show(result, task.args.format, words)
     if any("prediction" in row for row in answers):
         write_json(task.args.output, result)
         if not all_read and task.args.format == "text":
@@ -322,7 +330,7 @@ MODES: dict[str, Callable[[Task], None]] = {
 
 def main() -> None:
     args = parse_args()
-    if args.mode in PICTURES:
+    if args.mode in PICTURES and args.output:
         figures.check_format(args.output)
     device = choose_device(args.device)
     args.checkpoint = str(find_checkpoint(args.checkpoint))
@@ -331,6 +339,7 @@ def main() -> None:
         check_image_shape(
             checkpoint, args.checkpoint, f": only --mode {' and '.join(EXPORTS)} serve it"
         )
+    args.output = args.output or default_output(args.mode, checkpoint["source"])
     check_writable(args.output)
     trained = f"{checkpoint['dataset']}, epoch {checkpoint['epoch']}"
     validation = f"validation {checkpoint['best_acc']:.2f} %"

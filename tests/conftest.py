@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ import torch
 import torch._dynamo
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from shapes import draw_folder
 
 import train
 from common import cli, startup
@@ -48,6 +50,10 @@ posix = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, pipes and ter
 # A run of seconds: the digits, a small network, few passes.
 QUICK = "--device cpu --dataset digits --epochs 8 --batch_size 32 --lr 4e-3".split()
 QUICK += "--depth 2 --embed_dim 48 --translate 0.02".split()
+# The same on photos of shapes, of which a crop keeps all.
+PHOTOS = "--device cpu --dataset folder --data_dir photos --img_size 32 --in_chans 3".split()
+PHOTOS += "--epochs 5 --batch_size 16 --lr 3e-3 --patch_size 8 --depth 2 --embed_dim 48".split()
+PHOTOS += "--rotate 0 --translate 0.02".split()
 # One of a second, and one of less.
 TINY_DIGITS = "--device cpu --dataset digits --depth 1 --embed_dim 16 --num_heads 2".split()
 TINY = [*TINY_DIGITS, *"--train_samples 100 --batch_size 50".split()]
@@ -235,16 +241,30 @@ def offline(monkeypatch):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """The folder of one finished training run on the digits, made once for all workers."""
-    base = tmp_path_factory.getbasetemp()
+    return train_once(tmp_path_factory, "trained", QUICK)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """The folder of one finished training run on photos of shapes, which are in its `photos`."""
+    return train_once(tmp_path_factory, "shapes", PHOTOS, lambda: draw_folder(Path("photos"), 70))
+
+
+def train_once(
+    factory: pytest.TempPathFactory, name: str, flags: list[str], prepare: Callable = lambda: None
+) -> Path:
+    """The folder of a finished training run, made once for all workers."""
+    base = factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = base / "trained"
-    with FileLock(base / "trained.lock"):
+    folder = base / name
+    with FileLock(base / f"{name}.lock"):
         if not (folder / "outputs" / "training_curves.png").exists():  # the last that is written
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                patch.setattr(sys, "argv", ["train.py", *QUICK])
+                prepare()
+                patch.setattr(sys, "argv", ["train.py", *flags])
                 patch.setattr(run_files, "figures", FIGURES)
                 train.main()
     return folder

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 import inference
-from analysis import figures, model_figures
+from analysis import figures, score_figures
 from data.digits import load_digits
 from data.load import load_dataset
 from vit_model import ViT
@@ -74,7 +74,7 @@ def test_visualize_draws_sixteen_test_images(run, tmp_path, checkpoint):
 
 
 def test_titles_are_green_where_right_and_red_where_wrong():
-    figure = model_figures.predictions(
+    figure = score_figures.predictions(
         np.zeros((2, 28, 28)), ["3", "5"], ["3", "6"], [0.996, 0.51], "two"
     )
     titles = [axes.title for axes in figure.axes if axes.get_title()]
@@ -100,7 +100,7 @@ def test_the_chain_of_commands_from_training_to_export(tmp_path):
     assert "digit.png: " in command(inference, "--mode=predict", "--image", "digit.png")
     written = {path.name for path in (tmp_path / "outputs").iterdir()}
     pictures = {"training_curves.png", "predictions.png"}
-    assert written == pictures | {"vit_mnist.onnx", "predictions.json"}
+    assert written == pictures | {"vit_digits.onnx", "predictions.json"}
 
 
 # ----------------------------------------------------------------------------------------- errors

@@ -1,4 +1,4 @@
-"""What a model's answers are worth: how sure it is, and whether an image is a digit at all.
+"""What a model's answers are worth: how sure it is, and whether an image is of any class at all.
 
 When training has ended, `fit` finds a temperature for the first and a measure of strangeness for
 the second. The checkpoint holds both as `calibration`. In the comments on shapes, beside the
@@ -111,7 +111,8 @@ def strangeness(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
 
 
 def is_strange(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
-    """Whether an image may be no digit, bool (B,): stranger than nearly all validation images."""
+    """Whether an image may be of no class, bool (B,): stranger than nearly all validation images
+    are."""
     if "threshold" not in calibration:
         return torch.zeros(len(vectors), dtype=torch.bool)
     return strangeness(vectors, calibration) > calibration["threshold"]

@@ -228,11 +228,11 @@ def filter_components(model: ViT, count: int = 28) -> tuple[np.ndarray, np.ndarr
     """The principal components of the patch embedding's filters (ViT, figure 7, left).
 
     Returns:
-        The first `count` components, or all if there are fewer, of the filters averaged over the
-        image's channels, (count, patch_size, patch_size); and the share of the filters' variance
-        that each explains, (count,).
+        The first `count` components of the filters, or all if there are fewer,
+        (count, C, patch_size, patch_size); and the share of the filters' variance that each
+        explains, (count,).
     """
-    filters = model.patch_embed.proj.weight.detach().float().mean(dim=1).cpu()  # (D, P, P)
+    filters = model.patch_embed.proj.weight.detach().float().cpu()  # (D, C, P, P)
     rows = filters.flatten(1).double().numpy()
     _, scales, components = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
     shares = scales**2 / max(float((scales**2).sum()), np.finfo(float).tiny)
@@ -245,6 +245,8 @@ def project(vectors: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
+    if min(vectors.shape) < 2:  # which neither takes
+        return dict.fromkeys(("PCA", "t-SNE"), np.zeros((len(vectors), 2)))
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
     return {

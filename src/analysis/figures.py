@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from common.errors import UserError
 from common.files import atomic_write
@@ -61,6 +62,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
     which may be that of an unfinished run."""
     rows = history["epochs"]
     epochs = [row["epoch"] for row in rows]
+    ticks = FixedLocator(ticks_with_ends(epochs[0], epochs[-1], 8, whole=True))
     line = {"marker": "o" if len(epochs) <= 30 else "", "markersize": 3}
 
     def plot(axes: Axes, name: str, **look: Any) -> None:
@@ -76,12 +78,14 @@ def training_curves(history: dict[str, Any]) -> Figure:
     ):
         axes.set(title=title, xlabel="epoch", ylabel=unit)
         tidy(axes)
+        axes.xaxis.set_major_locator(ticks)
     for axes, measure in ((loss, "loss"), (top1, "acc")):
         plot(axes, f"train_{measure}", color=ORANGE, label="training")
         plot(axes, f"val_{measure}", color=BLUE, label="validation")
     best = best_row(history)
     text = f"best: {best['val_acc']:.2f} % in epoch {best['epoch']}"
-    top1.plot(best["epoch"], best["val_acc"], "*", color=GREEN, markersize=12, label=text)
+    star = {"markersize": 14, "markerfacecolor": "none", "markeredgewidth": 1.6, "label": text}
+    top1.plot(best["epoch"], best["val_acc"], "*", color=GREEN, **star)  # hollow: a point is in it
     groups: dict[str, list[float]] = {}  # those that differ in weight decay alone share a curve
     for group in rows[0]["lr"]:
         rates = [row["lr"][group] for row in rows]
@@ -97,7 +101,7 @@ def training_curves(history: dict[str, Any]) -> Figure:
         axes.set_ylim(bottom=0)
     test = history["test"]
     ending = f"{test['top1']:.2f} % on the test set" if test else "not finished"
-    figure.suptitle(f"ViT on {history['dataset']}: {ending}")
+    figure.suptitle(f"ViT on {label(history['dataset'])}: {ending}")
     return figure
 
 
@@ -142,6 +146,22 @@ def tidy(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def ticks_with_ends(low: float, high: float, count: int = 5, whole: bool = False) -> np.ndarray:
+    """Both ends of a scale, and about `count` round or `whole` numbers that stand clear of them."""
+    if not low < high:
+        return np.array([low])
+    between = MaxNLocator(count, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
+    clear = 0.6 * (between[1] - between[0])
+    between = between[(between > low + clear) & (between < high - clear)]
+    return np.array([low, *between, high])
+
+
+def percent_formatter(span: float) -> PercentFormatter:
+    """Shares as percentages, with as many decimals as tell apart those of a scale of this span."""
+    decimals = 1 - math.floor(math.log10(100 * span)) if span > 0 else 1
+    return PercentFormatter(1, max(0, decimals), " %")
 
 
 def _look(number: int) -> dict[str, str]:

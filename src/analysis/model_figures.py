@@ -1,74 +1,43 @@
-"""Figures of a trained model: predictions, attention, embeddings, confusion, reliability.
+"""Figures of what is inside a trained model: attention and embeddings.
 
 What they show is computed by explain.py.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize, PowerNorm
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from analysis.explain import Reliability, accuracy_interval
-from analysis.figures import BLUE, GREEN, GREY, RED, tidy
+from analysis.figures import RED, percent_formatter, ticks_with_ends
+from analysis.tiles import (
+    MORE_IS_DARKER,
+    draw_image,
+    enlarge,
+    mosaic,
+    number_tiles,
+    remove_frame,
+    text_width,
+    write_caption,
+)
 
-# Ten classes: Petroff's colours (https://arxiv.org/abs/2107.02270), and marks for who sees none.
+# Ten classes: Petroff's colours (https://arxiv.org/abs/2107.02270), and marks for who sees none. Of
+# more classes each has another pair of the two.
 CLASS_COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6")
 CLASS_COLORS += ("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 CLASS_MARKS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
-MORE_IS_DARKER = "Blues"  # from nothing to much
+MAP_SIDE = 5.4  # inches of a map
+MAX_COVERED = (
+    0.08  # of a map's area, by the names of classes; of more or longer, numbers stand there
+)
 BELOW_AND_ABOVE = "PuOr"  # on both sides of 0
-
-# ------------------------------------------------------------------------------------ predictions
-
-
-def predictions(
-    images: np.ndarray,
-    labels: Sequence[str],
-    predicted: Sequence[str],
-    probabilities: Sequence[float],
-    title: str,
-) -> Figure:
-    """Draw images (n, H, W) in a grid, each under its predicted label, that label's probability
-    and the true label: green where they agree, red where not."""
-    side = max(1, math.ceil(math.sqrt(len(images))))
-    figure = Figure(figsize=(2.1 * side, 2.25 * side + 0.4), layout="constrained")
-    grid = figure.subplots(side, side, squeeze=False).ravel()
-    _gallery(grid, 10, images, labels, predicted, probabilities)
-    figure.suptitle(title)
-    return figure
-
-
-def _gallery(
-    grid: Sequence[Axes],
-    fontsize: float,
-    images: np.ndarray,
-    labels: Sequence[str],
-    predicted: Sequence[str],
-    probabilities: Sequence[float],
-) -> None:
-    for axes in grid:
-        axes.axis("off")
-    columns = (images, labels, predicted, probabilities)
-    for axes, image, label, guess, p in zip(grid, *columns, strict=False):
-        _digit(axes, image, f"{guess}: {100 * p:.1f} % (true: {label})", guess == label, fontsize)
-
-
-def _digit(axes: Axes, image: np.ndarray, text: str, correct: bool, fontsize: float) -> None:
-    """Draw an image under a text, whose colour says whether the prediction is correct. Its weight
-    says it too, for those who see no colour."""
-    color, weight = (GREEN, "normal") if correct else (RED, "bold")
-    axes.imshow(image, cmap="gray", interpolation="nearest")
-    axes.set_title(text, color=color, fontweight=weight, fontsize=fontsize)
-    axes.axis("off")
-
+IMAGE_WIDTH = 2.4  # inches of an image beside its attention
 
 # -------------------------------------------------------------------------------------- attention
 
@@ -77,18 +46,19 @@ def attention(
     images: np.ndarray,
     maps: np.ndarray,
     rollout_maps: np.ndarray,
-    titles: Sequence[str],
-    correct: Sequence[bool],
+    captions: Sequence[tuple[str, str, float, str]],
+    outlined: bool,
     title: str,
 ) -> Figure:
     """Draw for each image the attention of every layer and head over it, and its rollout.
 
     Args:
-        images: (n, S, S).
+        images: (n, S, S) or (n, S, S, 3).
         maps: what the head's input takes from each patch, (n, L, H, side, side).
         rollout_maps: the same of the rollout, (n, side, side).
-        titles: the text above each image.
-        correct: whether each image's prediction is.
+        captions: of each image its name, predicted class, probability and true class.
+        outlined: whether the images are digits or letters, whose outline tells all of them; else
+            the maps tint a pale grey version of the image.
     """
     layers, heads = maps.shape[1:3]
     axis_names = "layer", "head"
@@ -96,86 +66,96 @@ def attention(
         maps, axis_names = maps.swapaxes(1, 2), ("head", "layer")
     columns, rows = maps.shape[1:3]
     tile = min(0.75, 12 / columns)  # inches
-    height = max(3.2, rows * tile + 0.7)
+    height = max(3.4, rows * tile + 0.7)
     figure = Figure(
-        figsize=(5.2 + columns * tile + 1, (height + 0.1) * len(images) + 0.6),
+        figsize=(2 * IMAGE_WIDTH + columns * tile + 1.4, (height + 0.1) * len(images) + 0.6),
         layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1),
     )
-    ratios = [2.4, 2.4, columns * tile + 0.4]
+    ratios = [IMAGE_WIDTH, IMAGE_WIDTH, columns * tile + 0.4]
     grid = figure.subplots(len(images), 3, squeeze=False, width_ratios=ratios)
     # The root: heads that look everywhere show their differences beside those that look at one.
     norm = PowerNorm(0.5, vmin=0, vmax=float(maps.max()))
-    shares = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
-    shares = shares[(shares == 0) | (shares > norm.vmax / 50) & (shares <= norm.vmax)]
-    scale = images.shape[-1] // maps.shape[-1]  # pixels of a patch
-    for (image_axes, rollout_axes, axes), image, text, is_correct, tiles, flow in zip(
-        grid, images, titles, correct, maps, rollout_maps, strict=True
+    scale = images.shape[1] // maps.shape[-1]  # pixels of a patch
+    for (image_axes, rollout_axes, axes), image, (name, *caption), tiles, flow in zip(
+        grid, images, captions, maps, rollout_maps, strict=True
     ):
-        _digit(image_axes, image, text, is_correct, 10)
-        _rollout(rollout_axes, _enlarge(flow, scale), image)
-        weights = _attention_tiles(axes, _enlarge(tiles, scale), image, axis_names, norm)
-        bar = figure.colorbar(weights, ax=axes, pad=0.01, format=PercentFormatter(1, 0, " %"))
-        bar.set_ticks(shares)
+        draw_image(image_axes, image)
+        write_caption(image_axes, *caption, IMAGE_WIDTH, 10, above=name)
+        grey = image if image.ndim == 2 else image @ (0.299, 0.587, 0.114)
+        _rollout(rollout_axes, enlarge(flow, scale), grey, outlined)
+        _attention_tiles(axes, enlarge(tiles, scale), grey, outlined, axis_names, norm)
+        _attention_bar(axes, norm)
         for part in (image_axes, rollout_axes, axes):
             part.set_anchor("N")
     figure.suptitle(title)
     return figure
 
 
-def _rollout(axes: Axes, flow: np.ndarray, image: np.ndarray) -> None:
-    """Draw a rollout (S, S) over the outline of its image, with a scale of its own below."""
-    shown = axes.imshow(flow, cmap=MORE_IS_DARKER)
-    _outline(axes, image)
+def _rollout(axes: Axes, flow: np.ndarray, grey: np.ndarray, outlined: bool) -> None:
+    """Draw a rollout (S, S) over its image, with a scale of its own below."""
+    norm = Normalize(flow.min(), flow.max())
+    _draw_over(axes, flow, grey, outlined, norm)
     axes.set_title("rollout", fontsize=10)
     axes.set(xticks=[], yticks=[])
-    look = {"ticks": MaxNLocator(3), "format": PercentFormatter(1, symbol=" %")}
     below = axes.inset_axes((0, -0.1, 1, 0.05))
-    axes.figure.colorbar(shown, below, orientation="horizontal", **look)
+    axes.figure.colorbar(
+        ScalarMappable(norm, MORE_IS_DARKER),
+        below,
+        orientation="horizontal",
+        ticks=ticks_with_ends(norm.vmin, norm.vmax, 3),
+        format=percent_formatter(norm.vmax - norm.vmin),
+    )
 
 
 def _attention_tiles(
-    axes: Axes, tiles: np.ndarray, image: np.ndarray, axis_names: tuple[str, str], norm: Normalize
-) -> ScalarMappable:
-    """Draw maps (columns, rows, S, S) side by side, each over the outline of the image."""
-    (columns, rows), gap = tiles.shape[:2], 3
-    weights = axes.imshow(_mosaic(tiles.swapaxes(0, 1), gap), cmap=MORE_IS_DARKER, norm=norm)
-    _outline(axes, _mosaic(np.broadcast_to(image, (rows, columns, *image.shape)), gap))
-    _number_tiles(axes, columns, rows, len(image), gap)
+    axes: Axes,
+    tiles: np.ndarray,
+    grey: np.ndarray,
+    outlined: bool,
+    axis_names: tuple[str, str],
+    norm: Normalize,
+) -> None:
+    """Draw maps (columns, rows, S, S) side by side, each over the image."""
+    columns, rows = tiles.shape[:2]
+    gap = max(3, len(grey) // 12)
+    images = mosaic(np.broadcast_to(grey, (rows, columns, *grey.shape)), gap)
+    _draw_over(axes, mosaic(tiles.swapaxes(0, 1), gap), images, outlined, norm)
+    number_tiles(axes, columns, rows, len(grey), gap)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
     axes.set_title("by layer and head", fontsize=10)
-    return weights
 
 
-def _enlarge(tiles: np.ndarray, factor: int) -> np.ndarray:
-    """Repeat each value of (..., h, w) in both directions."""
-    return tiles.repeat(factor, axis=-2).repeat(factor, axis=-1)
+def _attention_bar(axes: Axes, norm: Normalize) -> None:
+    """The scale of all layers and heads: round shares, and its end."""
+    shares = np.array([0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
+    between = (shares > norm.vmax / 50) & (shares < 0.85 * norm.vmax)
+    axes.figure.colorbar(
+        ScalarMappable(norm, MORE_IS_DARKER),
+        ax=axes,
+        pad=0.01,
+        ticks=[*shares[(shares == 0) | between], norm.vmax],
+        format=percent_formatter(norm.vmax),
+    )
 
 
-def _mosaic(tiles: np.ndarray, gap: int) -> np.ndarray:
-    """Tiles (rows, columns, h, w) as one picture, with NaN between them."""
-    rows, columns, h, w = tiles.shape
-    padding = ((0, 0), (0, 0), (0, gap), (0, gap))
-    padded = np.pad(tiles.astype(float), padding, constant_values=np.nan)
-    return padded.swapaxes(1, 2).reshape(rows * (h + gap), columns * (w + gap))[:-gap, :-gap]
+def _draw_over(
+    axes: Axes, weights: np.ndarray, grey: np.ndarray, outlined: bool, norm: Normalize
+) -> None:
+    """Draw weights (h, w) over the outline of digits, or tinting a pale version of the image.
 
-
-def _number_tiles(axes: Axes, columns: int, rows: int, size: int, gap: int) -> None:
-    """Number the columns and rows of a mosaic from 1."""
-    middle, step = (size - 1) / 2, size + gap
-    axes.set_xticks(middle + step * np.arange(columns), range(1, columns + 1))
-    axes.set_yticks(middle + step * np.arange(rows), range(1, rows + 1))
-    _remove_frame(axes)
-
-
-def _remove_frame(axes: Axes) -> None:
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-
-
-def _outline(axes: Axes, image: np.ndarray) -> None:
-    """Draw the outline of a digit, which hides little of what lies under it."""
-    if np.nanmin(image) < np.nanmax(image):
-        axes.contour(image, [np.nanmax(image) / 2], colors=RED, linewidths=0.9)
+    Args:
+        grey: (h, w), 0 to 255.
+    """
+    if outlined:
+        axes.imshow(weights, cmap=MORE_IS_DARKER, norm=norm)
+        if np.nanmin(grey) < np.nanmax(grey):
+            axes.contour(grey, [np.nanmax(grey) / 2], colors=RED, linewidths=0.9)
+        return
+    low, high = np.nanmin(grey), np.nanmax(grey)
+    # So pale that no shadow in the image looks like attention.
+    pale = 0.7 + 0.3 * (grey - low) / max(high - low, 1)
+    tint = colormaps[MORE_IS_DARKER](norm(weights))[..., :3] * pale[..., None]
+    axes.imshow(np.nan_to_num(tint, nan=1.0), interpolation="nearest")
 
 
 # ------------------------------------------------------------------------------------- embeddings
@@ -196,26 +176,35 @@ def embeddings(
     Args:
         similarity: (side, side, side, side), a map for each patch.
         learned: whether the position embeddings are learned or fixed.
-        components: (count, P, P), of the patch embedding's filters.
+        components: (count, C, P, P), of the patch embedding's filters.
         shares: the share of the filters' variance that each component explains, (count,).
         maps: points (n, 2) by the method's name.
         labels: their classes (n,).
     """
-    figure = Figure(figsize=(13, 12.2), layout="constrained")
+    names, texts, size = list(class_names), list(class_names), 11
+    if sum(text_width(name, size) * size / 72 for name in names) > MAX_COVERED * MAP_SIDE**2:
+        texts, size = [str(i) for i in range(1, len(names) + 1)], 7 if len(names) > 50 else 9
+        names = [f"{text} {name}" for text, name in zip(texts, names, strict=True)]
+    legend_size = 10 if len(names) <= 30 else 8
+    columns = int(12.4 / (max(text_width(name, legend_size) for name in names) + 0.6))
+    columns = max(1, min(10, columns))
+    legend_height = 0.2 * math.ceil(len(names) / columns)
+    figure = Figure(figsize=(13, 12 + legend_height), layout="constrained")
     (position_axes, filter_axes), map_axes = figure.subplots(2, 2)
     _position_maps(position_axes, similarity)
     kind = "learned" if learned else "fixed"
     position_axes.set(title=f"Position embeddings ({kind}): each compared with all")
     _filter_tiles(filter_axes, components, shares)
     for axes, (name, points) in zip(map_axes, maps.items(), strict=True):
-        _class_map(axes, points, labels, class_names)
+        _class_map(axes, points, labels, names, texts, size)
         axes.set(title=f"{name} of the features that the head reads, {len(points):,} test images")
         axes.set(xlabel=f"{name} 1", ylabel=f"{name} 2", xticks=[], yticks=[])
     figure.legend(
         *map_axes[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=min(10, len(class_names)),
+        ncols=columns,
         frameon=False,
+        fontsize=legend_size,
         markerscale=2,
         title="class",
     )
@@ -226,143 +215,100 @@ def embeddings(
 def _position_maps(axes: Axes, similarity: np.ndarray) -> None:
     side, gap = len(similarity), 2
     scale = -(-16 // side)
-    tiles = _mosaic(_enlarge(similarity, scale), gap)
-    shown = axes.imshow(tiles, cmap="cividis", vmax=1)
-    _number_tiles(axes, side, side, side * scale, gap)
+    low = min(float(similarity.min()), 0.999)
+    shown = axes.imshow(mosaic(enlarge(similarity, scale), gap), cmap="cividis", vmin=low, vmax=1)
+    number_tiles(axes, side, side, side * scale, gap)
     axes.set(xlabel="column of the patch", ylabel="row of the patch")
-    axes.figure.colorbar(shown, ax=axes, shrink=0.85, label="cosine similarity")
+    bar = axes.figure.colorbar(shown, ax=axes, shrink=0.85, label="cosine similarity")
+    ticks = ticks_with_ends(low, 1)
+    bar.set_ticks(ticks, labels=[f"{tick:.2f}" if low < 0.9 else f"{tick:.3f}" for tick in ticks])
 
 
 def _filter_tiles(axes: Axes, components: np.ndarray, shares: np.ndarray) -> None:
-    """Draw components (count, P, P) in rows of 7, each scaled to its largest weight."""
-    columns, patch = min(7, len(components)), components.shape[-1]
-    rows = -(-len(components) // columns)
-    tiles = np.full((rows * columns, patch, patch), np.nan)
-    tiles[: len(components)] = components / np.abs(components).max(axis=(1, 2), keepdims=True)
-    mosaic = _mosaic(tiles.reshape(rows, columns, patch, patch), 1)
-    shown = axes.imshow(mosaic, cmap=BELOW_AND_ABOVE, vmin=-1, vmax=1)
-    axes.set(
-        title=f"Patch embedding: {len(components)} principal components of its filters",
-        xlabel=f"{patch}x{patch} pixels each; {100 * shares.sum():.0f} % of the variance in all",
-        xticks=[],
-        yticks=[],
-    )
-    _remove_frame(axes)
-    axes.figure.colorbar(shown, ax=axes, shrink=0.55, label="weight / largest in the tile")
+    """Draw components (count, C, P, P) in rows of 7, each scaled to its largest weight: of three
+    channels in colour, else the mean over the channels."""
+    count, patch = len(components), components.shape[-1]
+    columns = min(7, count)
+    in_colour = components.shape[1] == 3
+    channels = components if in_colour else components.mean(axis=1, keepdims=True)
+    largest = np.abs(channels).max(axis=(1, 2, 3), keepdims=True)
+    channels = channels / np.maximum(largest, np.finfo(float).tiny)
+    rows = -(-count // columns)
+    tiles = np.full((rows * columns, *channels.shape[1:]), np.nan)
+    tiles[:count] = channels
+    tiles = tiles.reshape(rows, columns, *channels.shape[1:]).transpose(2, 0, 1, 3, 4)
+    picture = np.stack([mosaic(tile, 1) for tile in tiles], axis=-1)
+    if in_colour:  # grey is 0
+        axes.imshow(np.nan_to_num((picture + 1) / 2, nan=1.0), interpolation="nearest")
+    else:
+        look = {"cmap": BELOW_AND_ABOVE, "vmin": -1, "vmax": 1, "interpolation": "nearest"}
+        shown = axes.imshow(picture[..., 0], **look)
+        axes.figure.colorbar(shown, ax=axes, shrink=0.55, label="weight / largest in the tile")
+    told = f"{patch}x{patch} pixels each; {100 * shares.sum():.0f} % of the variance in all"
+    told += "\nmiddle grey: a weight of 0 in every channel" if in_colour else ""
+    axes.set(title=f"Patch embedding: {count} principal components of its filters", xlabel=told)
+    axes.set(xticks=[], yticks=[])
+    remove_frame(axes)
+
+
+def beside(points: np.ndarray, middle: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Where a box of this width and height (2,) covers the fewest points (n, 2): on the middle or
+    beside it, the nearer the better."""
+    steps = np.stack(np.meshgrid([-1, -0.6, 0, 0.6, 1], [-3, -2, -1, 0, 1, 2, 3]), axis=-1)
+    places = middle + steps.reshape(-1, 2) * box
+    covered = (np.abs(points - places[:, None]) < box / 2).all(axis=2).sum(axis=1)
+    outside = (np.abs(places - 0.5) > 0.5 - box / 2).any(axis=1)
+    distance = np.linalg.norm(places - middle, axis=1)
+    return places[(covered / len(points) + distance + outside).argmin()]
 
 
 def _class_map(
-    axes: Axes, points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+    axes: Axes,
+    points: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    texts: Sequence[str],
+    size: float,
 ) -> None:
-    """Scatter points by class, in its colour and mark, with its name in the middle of them."""
-    middles = {}
-    for i, name in enumerate(class_names):
+    """Scatter points by class, in its colour and mark, with its text near the middle of them.
+
+    Args:
+        names: of the classes, for the legend.
+        texts: what stands in the map for each, in letters of `size` points.
+    """
+    low, span = points.min(axis=0), np.maximum(np.ptp(points, axis=0), 1e-9)
+    points = 0.05 + 0.9 * (points - low) / span
+    shown, boxes, spots = [], [], []
+    for i, name in enumerate(names):
         own = points[labels == i]
         color = CLASS_COLORS[i % len(CLASS_COLORS)]
-        mark = CLASS_MARKS[i % len(CLASS_MARKS)]
+        mark = CLASS_MARKS[(i + i // len(CLASS_COLORS)) % len(CLASS_MARKS)]
         axes.scatter(*own.T, s=14, color=color, marker=mark, linewidths=0, alpha=0.75, label=name)
         if len(own):
             # The point next to the median: the median itself may lie between two groups.
             distances = np.linalg.norm(own - np.median(own, axis=0), axis=1)
-            middles[name] = own[distances.argmin()]
-    look = {"ha": "center", "va": "center", "fontsize": 15, "fontweight": "bold"}
-    halo = [withStroke(linewidth=4, foreground="white")]
-    span = np.maximum(np.ptp(points, axis=0), 1e-9)
-    spots = _apart(np.array(list(middles.values())) / span, 0.06) * span
-    for name, spot in zip(middles, spots, strict=True):
-        axes.annotate(name, spot, path_effects=halo, **look)
+            shown.append(texts[i])
+            boxes.append(np.array((text_width(texts[i], size), size / 72)) / MAP_SIDE + 0.01)
+            spots.append(beside(points, own[distances.argmin()], boxes[-1]))
+    look = {"ha": "center", "va": "center", "fontsize": size, "fontweight": "bold"}
+    halo = [withStroke(linewidth=1.5, foreground="white")]
+    for text, spot in zip(shown, apart(np.array(spots), np.array(boxes)), strict=True):
+        axes.text(*spot, text, path_effects=halo, **look)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
 
 
-def _apart(spots: np.ndarray, distance: float) -> np.ndarray:
-    """Move points (n, 2) until no two are closer than `distance`, or for 100 rounds."""
+def apart(spots: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Move the middles (n, 2) of boxes with these widths and heights (n, 2) within [0, 1] until no
+    two overlap, or for 500 rounds; each time along the way on which less is missing."""
     spots = spots + 1e-6 * np.arange(len(spots))[:, None]  # equal ones have no direction to move
-    for _ in range(100):
+    room = (boxes[:, None] + boxes) / 2
+    for _ in range(500):
         away = spots[:, None] - spots  # (n, n, 2)
-        lengths = np.linalg.norm(away, axis=2, keepdims=True) + np.eye(len(spots))[..., None]
-        spots = spots + (away / lengths * np.maximum(distance - lengths, 0)).sum(axis=1) / 2
+        missing = room - np.abs(away)
+        overlap = (missing > 0).all(axis=2) & ~np.eye(len(spots), dtype=bool)
+        if not overlap.any():
+            break
+        way = np.eye(2)[missing.argmin(axis=2)] * overlap[..., None]
+        spots = spots + (way * missing * np.sign(away)).sum(axis=1) * 0.51
+        spots = np.clip(spots, boxes / 2, 1 - boxes / 2)
     return spots
-
-
-# -------------------------------------------------------------------- confusion and reliability
-
-
-def confusion(
-    counts: np.ndarray,
-    scores: np.ndarray,
-    class_names: Sequence[str],
-    mistakes: dict[str, Sequence[Any]],
-    title: str,
-) -> Figure:
-    """Draw a confusion matrix, every class's precision, recall and F1, and mistakes.
-
-    Args:
-        counts: images (K, K), the true class is the row.
-        scores: precision, recall and F1, (K, 3) in [0, 1].
-        mistakes: `images` (m, H, W), and their `labels`, `predicted` and `probabilities`, as
-            `predictions` takes them; at most 16 are shown.
-    """
-    figure = Figure(figsize=(12.5, 11.8), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[7.2, 4.6])
-    matrix_axes, score_axes = upper.subplots(1, 2, width_ratios=[10, 3.6])
-    small = min(10.0, 100 / len(counts))
-    names = range(len(class_names)), class_names
-
-    norm = LogNorm(vmin=0.5, vmax=max(2, counts.max()))  # a single mistake is to be seen
-    masked = np.ma.masked_equal(counts, 0)
-    matrix_axes.imshow(masked, cmap=MORE_IS_DARKER, norm=norm, aspect="auto")
-    _write_cells(matrix_axes, np.char.mod("%d", counts), norm(masked).filled(0), small)
-    matrix_axes.set_xticks(*names)
-    matrix_axes.set(title="Images by true and predicted class")
-    matrix_axes.set(xlabel="predicted class", ylabel="true class")
-
-    low = float(scores.min())
-    score_axes.imshow(scores, cmap=MORE_IS_DARKER, vmin=low, vmax=2 - low, aspect="auto")
-    _write_cells(score_axes, np.char.mod("%.2f", 100 * scores), np.zeros_like(scores), small)
-    score_axes.set_xticks(range(3), ["precision", "recall", "F1"])
-    score_axes.set(title="By class (%)")
-    for axes in (matrix_axes, score_axes):
-        axes.set_yticks(*names)
-        _remove_frame(axes)
-
-    if len(mistakes["labels"]):
-        _gallery(lower.subplots(2, 8).ravel(), 9, **mistakes)
-        lower.suptitle("The most confident mistakes")
-    else:
-        lower.suptitle("There is no mistake")
-    figure.suptitle(title)
-    return figure
-
-
-def _write_cells(axes: Axes, texts: np.ndarray, darkness: np.ndarray, size: float) -> None:
-    """Write a text (rows, columns) into each cell, white where its darkness in [0, 1] is high."""
-    for (row, column), text in np.ndenumerate(texts):
-        color = "white" if darkness[row, column] > 0.6 else "black" if text != "0" else "#999999"
-        axes.text(column, row, text, ha="center", va="center", fontsize=size, color=color)
-
-
-def reliability(bins: Reliability, title: str) -> Figure:
-    """Draw a reliability diagram: accuracy against confidence, and the number of images."""
-    edges = np.linspace(0, 100, len(bins.counts) + 1)
-    used = bins.counts > 0
-    middles = ((edges[1:] + edges[:-1]) / 2)[used]
-    counts, accuracy = bins.counts[used], 100 * bins.accuracy[used]
-    look = {"width": 0.94 * edges[1], "color": BLUE, "alpha": 0.35}
-    figure = Figure(figsize=(7, 8.4), layout="constrained")
-    upper, lower = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
-    upper.plot([0, 100], [0, 100], "--", color=GREY, label="perfectly calibrated")
-    upper.bar(middles, accuracy, label="accuracy, 95 % interval", **look)
-    ends = [accuracy_interval(*bin) for bin in zip(bins.correct[used], counts, strict=True)]
-    low, high = 100 * np.array(ends).T
-    reach = np.maximum(0, (accuracy - low, high - accuracy))  # rounding, at 0 and 100 %
-    upper.errorbar(middles, accuracy, reach, fmt="none", ecolor=BLUE, capsize=3)
-    confidence = 100 * bins.confidence[used]
-    upper.plot(confidence, accuracy, "o", color=RED, label="a bin's mean confidence")
-    upper.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
-    lower.bar(middles, counts, **look)
-    lower.set(xlabel="confidence: the predicted class's probability (%)", ylabel="images")
-    lower.set(yscale="log", ylim=(0.7, None))
-    for axes in (upper, lower):
-        tidy(axes)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, columnspacing=1.2)
-    figure.suptitle(title)
-    return figure

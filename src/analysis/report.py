@@ -22,6 +22,7 @@ from analysis import figures
 from analysis.explain import Outputs, accuracy_interval, reliability
 from analysis.figures import one_line
 from analysis.run_files import read_run_files
+from analysis.words import PICTURE, PREPARED, words_for
 from common.files import atomic_write, write_text
 from saving.checkpoint import versions
 from utils import accuracy
@@ -29,7 +30,7 @@ from vit_model import ViT, count_parameters
 
 MAX_ROWS = 200  # shown of a table
 
-# The heading of each picture, and what it shows.
+# The heading of each picture, and what it shows; braces are filled by `_told`.
 PICTURES = {
     "visualize": (
         "Predictions",
@@ -49,15 +50,15 @@ PICTURES = {
         "above the diagonal, the model is right more often than it claims (label smoothing does "
         "that), below it less often. A temperature, set on validation images when training ends, "
         "corrects that. The expected calibration error is the mean distance to the diagonal, "
-        "weighted by the number of images, which is shown below (Guo et al., 2017).",
+        "weighted by the number of images, which is shown below (Guo et al., 2017). A bin with "
+        "few images says little: its bar is pale.",
     ),
     "attention": (
         "Attention",
-        "How much the CLS token takes from each patch (in a network without one: all patches on "
-        "average), over the outline of the digit, for every layer and head. Darker is more; the "
-        "colours follow the square root, so that small shares can be told apart, too. Rollout "
-        "(Abnar & Zuidema, 2020) multiplies the layers, residual connections included, which "
-        "gives what reaches the head in the end; it has a scale of its own.",
+        "How much {reader} from each patch, over {ground}, for every layer and head. Darker is "
+        "more; the colours follow the square root, so that small shares can be told apart, too. "
+        "Rollout (Abnar & Zuidema, 2020) multiplies the layers, residual connections included, "
+        "which gives what reaches the head in the end; it has a scale of its own.",
     ),
     "embeddings": (
         "Embeddings",
@@ -101,6 +102,7 @@ def write_report(
     checkpoint: dict[str, Any],
     model: ViT,
     outputs: Outputs,
+    dataset: str,
     pictures: dict[str, bytes],
 ) -> list[str]:
     """Write the report to `path` (.html) and, beside it, as Markdown with its pictures. Raises
@@ -110,6 +112,7 @@ def write_report(
         checkpoint_path: where the checkpoint stands; history.json and timings beside it are used.
         checkpoint: what `load_checkpoint` returned with `model`.
         outputs: the model's, on the whole test set.
+        dataset: what the test set is called.
         pictures: PNG files by the names of `PICTURES`.
 
     Returns:
@@ -118,14 +121,13 @@ def write_report(
     history, timings, notes = read_run_files(Path(checkpoint_path).parent, checkpoint)
     if history:
         pictures = {**pictures, "curves": figures.png(figures.training_curves(history))}
-    sections = [_results(checkpoint, model, outputs)]
+    sections = [_results(checkpoint, model, outputs, one_line(dataset, 100))]
     tables = {"confusion": [_scores_by_class(outputs, checkpoint["class_names"])]}
     tables["curves"] = [_epochs(history)] if history else []
-    sections += [
-        Section(*PICTURES[name], picture=name, tables=tables.get(name, ()))
-        for name in PICTURES
-        if name in pictures
-    ]
+    for name in (name for name in PICTURES if name in pictures):
+        heading, text = PICTURES[name]
+        text = text.format_map(_told(checkpoint, model))
+        sections.append(Section(heading, text, name, tables.get(name, ())))
     sections += [_comparison(*timings)] if timings else []
     sections.append(_settings(checkpoint, history))
     if notes:
@@ -134,7 +136,7 @@ def write_report(
     shown = one_line(str(Path(*Path(checkpoint_path).parts[-3:])), 200)
     right = f"{100 * outputs.correct.mean():.2f} % right"
     content = {
-        "title": f"Vision Transformer on {checkpoint['dataset']}: {right}",
+        "title": f"Vision Transformer on {one_line(dataset, 100)}: {right}",
         "lead": f"{shown}, report of {date.today().isoformat()}",
         "sections": sections,
         "max_rows": MAX_ROWS,
@@ -167,21 +169,50 @@ MARKDOWN = Environment(finalize=escape_markdown, **_OPTIONS).get_template("repor
 # ------------------------------------------------------------------- the sections
 
 
-def _results(checkpoint: dict[str, Any], model: ViT, outputs: Outputs) -> Section:
+def _told(checkpoint: dict[str, Any], model: ViT) -> dict[str, str]:
+    """What the texts on pictures say of this model and its images."""
+    words, averages = words_for(checkpoint), model.pool == "mean"
+    return {
+        "reader": "all patches on average take" if averages else "the CLS token takes",
+        "ground": "a pale grey version of the image"
+        if words is PICTURE
+        else f"the outline of the {words.one}",
+    }
+
+
+def _results(checkpoint: dict[str, Any], model: ViT, outputs: Outputs, dataset: str) -> Section:
     logits, labels = torch.from_numpy(outputs.logits), torch.from_numpy(outputs.labels)
     n, right = len(outputs.labels), int(outputs.correct.sum())
     low, high = accuracy_interval(right, n)
     interval = f"95 % interval {100 * low:.2f} to {100 * high:.2f} %"
     rows = [
         ("test accuracy", f"{100 * right / n:.2f} % ({n - right:,} of {n:,} wrong; {interval})"),
-        ("test accuracy, top-5", f"{accuracy(logits, labels, (5,))[0]:.2f} %"),
         ("test cross-entropy", f"{outputs.cross_entropy:.4f} nats (labels not smoothed)"),
         ("expected calibration error", reliability_text(outputs)),
         ("validation accuracy", f"{checkpoint['best_acc']:.2f} % in epoch {checkpoint['epoch']}"),
         ("parameters", f"{count_parameters(model):,}"),
-        ("data set", checkpoint["dataset"]),
+        ("tested on", dataset),
+        ("trained on", checkpoint["dataset"]),
+        ("classes", _listed(checkpoint["class_names"])),
+        ("images", _described(checkpoint)),
     ]
+    if len(checkpoint["class_names"]) > 5:  # of five all would count
+        top5 = f"{accuracy(logits, labels, (5,))[0]:.2f} %"
+        rows.insert(1, ("test accuracy, top-5", top5))
     return Section("Results", tables=[Table(("", "result"), rows)])
+
+
+def _listed(class_names: Sequence[str]) -> str:
+    """How many classes there are, and the names of the first."""
+    some = ", ".join(one_line(name, 24) for name in class_names[:10])
+    return f"{len(class_names)}: {some}{', ...' if len(class_names) > 10 else ''}"
+
+
+def _described(checkpoint: dict[str, Any]) -> str:
+    """Size and colours of the images, and how a picture becomes one."""
+    side, channels = (checkpoint["model_config"][name] for name in ("img_size", "in_chans"))
+    colours = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
+    return f"{side}x{side} pixels, {colours}; a picture is {PREPARED[checkpoint['preparation']]}"
 
 
 def reliability_text(outputs: Outputs) -> str:

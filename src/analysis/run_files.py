@@ -82,7 +82,7 @@ def read_history(path: Path) -> dict[str, Any]:
         if not isinstance(data["settings"], dict):
             raise TypeError("settings")
         return {
-            "dataset": label(str(data.get("dataset"))),
+            "dataset": str(data.get("dataset")),
             "fingerprint": data.get("fingerprint"),
             **{name: data.get(name) for name in ("device", "precision")},
             "settings": data["settings"],

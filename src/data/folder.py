@@ -146,7 +146,7 @@ def load_labelled(
             _note(f"{count} of {_images(len(used))} left out: the model was trained on the same")
     if not new.any():
         raise UserError(f"{data_dir} has no image left to score: name another folder of images")
-    new = new.numpy()
+    new = new.numpy()  # what it chooses is copied, and so may be written to
     return Split(torch.from_numpy(images[new]), torch.from_numpy(labels[new]))
 
 

@@ -1,4 +1,4 @@
-"""Answers the web page of demo.py: its files, and what the network reads in a picture."""
+"""Answers the web page of demo.py: its files, and what the network sees in a picture."""
 
 import asyncio
 import io
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from analysis.explain import attention_weights, patch_map, rollout
+from analysis.words import PICTURE, PREPARED, words_for
 from common.errors import UserError
-from data.dataset import per_channel
-from deploy.digit_image import Digit, Reading, read_digits
-from deploy.predict import describe_digit, predict
+from deploy.digit_image import read_digits
+from deploy.predict import describe, normalize, predict, prepare_picture
+from saving.checkpoint import image_shape
 from vit_model import ViT, count_parameters
 
 PAGE = Path(__file__).with_name("demo_page")
@@ -54,18 +55,21 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
     """The page's files, `GET /model` and `POST /predict`.
 
     Args:
-        model: in evaluation mode; it takes images of 1x28x28.
+        model: in evaluation mode.
         checkpoint: as `load_checkpoint` returns it.
         hosts: names in the Host header of requests that are answered; ("*",) answers all. A page
             from elsewhere whose name was made to lead here (DNS rebinding) has another name.
     """
     worker = ThreadPoolExecutor(max_workers=1)  # one picture at a time
-    blank = Digit(np.zeros((28, 28), np.uint8), (0, 0, 28, 28))
-    worker.submit(answer, model, checkpoint, Reading((blank,), (28, 28)))  # the first is slow
+    blank = np.zeros((1, *image_shape(checkpoint)), np.uint8)
+    worker.submit(answer_images, model, checkpoint, blank, [{}])  # the first is slow
 
     async def describe(_: Request) -> Response:
         about = {"dataset": checkpoint["dataset"], "validation": checkpoint["best_acc"]}
         about["class_names"] = checkpoint["class_names"]
+        about["words"] = words_for(checkpoint)._asdict()
+        about["image_size"] = image_shape(checkpoint)[1]
+        about["preparation"] = PREPARED[checkpoint["preparation"]]
         return JSONResponse({**about, "parameters": count_parameters(model)})
 
     async def read(request: Request) -> Response:
@@ -74,7 +78,7 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
         what = "drawing" if "drawing" in request.query_params else "picture"
 
         def work() -> dict[str, Any]:
-            return answer(model, checkpoint, read_digits(picture, f"{what} that you sent"))
+            return answer(model, checkpoint, picture, f"{what} that you sent")
 
         try:
             return JSONResponse(await asyncio.get_running_loop().run_in_executor(worker, work))
@@ -108,32 +112,51 @@ def refuse_other_sites(request: Request) -> None:
         raise HTTPException(403, "the page of another site may not ask; open this page itself")
 
 
-def answer(model: ViT, checkpoint: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """What the page shows of the digits in a picture.
+def answer(model: ViT, checkpoint: dict[str, Any], source: BinaryIO, what: str) -> dict[str, Any]:
+    """What the page shows of a picture, which messages call `what`. Raises UserError if it can't be
+    read.
 
     Returns:
-        `size` of the picture, and `digits` in reading order: each as `describe_digit` gives it, but
-        with `probabilities` as a list, and with `received`, the rows of its 28x28 pixels, and
-        `attention`, the rows of the rollout over the patches.
+        Of a model that reads digits `size` of the picture, and `digits` in reading order (of
+        letters `characters`), with `box`; of another one `pictures`, which is one. Each as
+        `answer_images` gives it.
     """
-    images = np.stack([digit.pixels for digit in reading.digits])
+    words = words_for(checkpoint)
+    if words is PICTURE:
+        image = prepare_picture(source, what, checkpoint)
+        return {words.many: answer_images(model, checkpoint, image[None], [{}])}
+    reading = read_digits(source, what, things=words.many)
+    images = np.stack([digit.pixels for digit in reading.digits])[:, None]
+    boxes = [{"box": digit.box} for digit in reading.digits]
+    return {"size": reading.size, words.many: answer_images(model, checkpoint, images, boxes)}
+
+
+def answer_images(
+    model: ViT, checkpoint: dict[str, Any], images: np.ndarray, more: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What the page shows of images, uint8 (n, C, S, S).
+
+    Returns:
+        For each what `describe` gives, but with `probabilities` as a list, what is `more`, and with
+        `received`, the rows of its pixels, of colour images each a list, and `attention`, the rows
+        of the rollout over the patches.
+    """
     predictions = predict(model, images, checkpoint)
     device = next(model.parameters()).device
-    mean, std = (per_channel(v, device) for v in checkpoint["normalization"].values())
-    pixels = torch.from_numpy(images).to(device).unsqueeze(1) / 255
-    attention = patch_map(rollout(attention_weights(model, (pixels - mean) / std)), model)
-    digits = [
+    pixels = normalize(torch.from_numpy(images).to(device), checkpoint)
+    attention = patch_map(rollout(attention_weights(model, pixels)), model)
+    shown = images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)
+    return [
         {
-            **describe_digit(digit, probabilities, strange, checkpoint["class_names"]),
+            **describe(probabilities, strange, checkpoint, **about),
             "probabilities": probabilities.tolist(),
-            "received": digit.pixels.tolist(),
+            "received": image.tolist(),
             "attention": looked.tolist(),
         }
-        for digit, probabilities, strange, looked in zip(
-            reading.digits, *predictions, attention, strict=True
+        for image, probabilities, strange, looked, about in zip(
+            shown, *predictions, attention, more, strict=True
         )
     ]
-    return {"size": reading.size, "digits": digits}
 
 
 async def receive(request: Request) -> bytes:

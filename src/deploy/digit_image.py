@@ -53,7 +53,11 @@ class Reading:
 
 
 def read_digits(
-    source: str | Path | BinaryIO, what: str = "image", *, single: bool = False
+    source: str | Path | BinaryIO,
+    what: str = "image",
+    *,
+    single: bool = False,
+    things: str = "digits",
 ) -> Reading:
     """Find the digits in a picture and bring each to MNIST's form: light on black.
 
@@ -66,12 +70,15 @@ def read_digits(
         source: a path, or a file open in binary mode.
         what: what messages call the picture.
         single: the picture is known to hold one digit, and all its ink is that digit's.
+        things: what messages call the digits, which may be letters.
     """
     picture, size = _read_picture(source, what)
-    ink, pieces, photo = _connect(without_lines(_ink(picture)), what)
+    ink, pieces, photo = _connect(without_lines(_ink(picture)), what, things)
     labels = _label_digits(ink, pieces, photo, single)
     if labels.max() > MAX_DIGITS:
-        raise UserError(f"{what} shows {labels.max()} marks, expected at most {MAX_DIGITS} digits")
+        raise UserError(
+            f"{what} shows {labels.max()} marks, expected at most {MAX_DIGITS} {things}"
+        )
     scale = np.tile(np.array(size) / ink.shape[::-1], 2)
     digits = []
     for i, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
@@ -168,7 +175,7 @@ def _uneven_paper(grey: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the digit
 
 
-def _connect(ink: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray, bool]:
+def _connect(ink: np.ndarray, what: str, things: str) -> tuple[np.ndarray, np.ndarray, bool]:
     """The ink without grain, its connected pieces as labels, and whether it is a photo's.
 
     Labels (H, W) say of which piece each pixel is, from 1 on; 0 is paper.
@@ -178,7 +185,7 @@ def _connect(ink: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray, bool]:
         ink = ndimage.gaussian_filter(ink, max(ink.shape) / 400)
     strong = ink.max()
     if strong < (max(MIN_CONTRAST_IN_PHOTO, 6 * _grain(ink)) if photo else MIN_CONTRAST):
-        raise UserError(f"{what} is blank: expected digits, dark on light or the reverse")
+        raise UserError(f"{what} is blank: expected {things}, dark on light or the reverse")
     faint = (FAINT_IN_PHOTO if photo else FAINT) * strong
     return ink, ndimage.label(ink > faint, TOUCHING)[0], photo
 

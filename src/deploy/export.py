@@ -19,8 +19,10 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from analysis.words import PREPARED
 from common.errors import UserError
 from data.dataset import Split, per_channel
+from saving.checkpoint import image_shape
 from vit_model import ViT
 
 # Largest difference of an output from PyTorch's. int8 has no such limit: its classes are compared.
@@ -63,14 +65,15 @@ class RawInput(nn.Module):
 
 def describe(checkpoint: dict[str, Any], precision: str, raw_input: bool) -> dict[str, str]:
     """What a user of the file has to know, written into it."""
-    config = checkpoint["model_config"]
-    shape = f"(batch, {config['in_chans']}, {config['img_size']}, {config['img_size']})"
-    classes = f"float32 (batch, {config['num_classes']}), one for each of class_names"
+    channels, side, _ = image_shape(checkpoint)
+    shape = f"(batch, {channels}, {side}, {side})"
+    classes = f"float32 (batch, {len(checkpoint['class_names'])}), one for each of class_names"
     if raw_input:
-        images, outputs = "pixels from 0 to 255, light on black, not normalised", "probabilities"
+        images, outputs = "pixels from 0 to 255, not normalised", "probabilities"
     else:
-        images = "(pixel / 255 - mean) / std, light on black"
+        images = "(pixel / 255 - mean) / std, by channel"
         outputs = "logits (softmax of logits / temperature gives probabilities)"
+    colours = {1: "grey", 3: "red, green, blue"}.get(channels, f"{channels} channels")
     return {
         "dataset": checkpoint["dataset"],
         "class_names": json.dumps(checkpoint["class_names"]),
@@ -79,6 +82,9 @@ def describe(checkpoint: dict[str, Any], precision: str, raw_input: bool) -> dic
             for name, values in checkpoint["normalization"].items()
         },
         "temperature": str(checkpoint["calibration"]["temperature"]),
+        "image_size": str(side),
+        "channels": colours,
+        "preparation": PREPARED[checkpoint["preparation"]],
         "input": f"{'uint8' if raw_input else 'float32'} {shape}: {images}",
         "output": f"{outputs}, {classes}",
         "precision": precision,
@@ -241,12 +247,11 @@ def export(
         raw_input: put normalisation, temperature and softmax into the file.
         int8_images: for int8, training images without augmentation, uint8 (n, C, S, S).
     """
-    config = checkpoint["model_config"]
     temperature = checkpoint["calibration"]["temperature"]
     wrapped = RawInput(model, **checkpoint["normalization"], temperature=temperature).eval()
     network, prepare = (wrapped, lambda pixels: pixels) if raw_input else (model, wrapped.normalize)
-    image_shape = (config["in_chans"], config["img_size"], config["img_size"])
-    sample = prepare(torch.zeros(2, *image_shape, dtype=torch.uint8))
+    shape = image_shape(checkpoint)
+    sample = prepare(torch.zeros(2, *shape, dtype=torch.uint8))
     metadata = describe(checkpoint, precision, raw_input)
     if mode == "torch_export":
         content = to_program(network, sample, metadata)
@@ -259,7 +264,7 @@ def export(
             exported = to_int8(exported, prepare(int8_images))
         content = to_bytes(exported, metadata)
         file = onnx_session(content)
-    return Exported(content, file, network, prepare, image_shape)
+    return Exported(content, file, network, prepare, shape)
 
 
 def compare(exported: Exported, precision: str, name: str, val: Split | None) -> str:

@@ -1,6 +1,7 @@
 """The flags of inference.py and demo.py. Imports nothing heavy: they are read before PyTorch is."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ from settings import add_flags
 
 
 class Mode(NamedTuple):
-    """What `--mode` names: its line in the help, and the file that it writes."""
+    """What `--mode` names: its line in the help, and the file that it writes; SET stands for the
+    name of the model's data set."""
 
     help: str
     output: str
@@ -24,16 +26,17 @@ MODES = {
     "confusion": Mode("right and wrong by class", "./outputs/confusion.png"),
     "calibration": Mode("confidence, accuracy", "./outputs/calibration.png"),
     "report": Mode("a page with all pictures", "./outputs/report.html"),
-    "evaluate": Mode("score on the test set", "./outputs/evaluation.json"),
-    "onnx": Mode("export to ONNX", "./outputs/vit_mnist.onnx"),
-    "torch_export": Mode("export with torch.export", "./outputs/vit_mnist.pt2"),
+    "evaluate": Mode("score on the test images", "./outputs/evaluation.json"),
+    "onnx": Mode("export to ONNX", "./outputs/vit_SET.onnx"),
+    "torch_export": Mode("export with torch.export", "./outputs/vit_SET.pt2"),
     "predict": Mode("your own images", "./outputs/predictions.json"),
 }
 EXPORTS = ("onnx", "torch_export")
 
 # A flag that would change nothing in a mode is refused there.
 FLAGS_OF_MODES: dict[str, tuple[tuple[str, ...], str]] = {
-    "image": (("predict",), "names pictures to read"),
+    "image": (("predict",), "names pictures to answer"),
+    "data_dir": (tuple(mode for mode in MODES if mode != "predict"), "names a data set"),
     "format": (("predict",), "(text, csv, json) is the form of the answers"),
     "single": (("predict",), "takes a picture for one digit"),
     "index": (("attention", "report"), "chooses test images"),
@@ -52,8 +55,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags of inference.py; `output` is a Path."""
-    parser = cli.Parser(description="Use a trained model: pictures, scores, exports, your digits.")
+    """The flags of inference.py; `output` is a Path, or None."""
+    parser = cli.Parser(description="Use a trained model: pictures, scores, exports, answers.")
     add = parser.add_argument
     modes = "; ".join(f"{name}: {mode.help}" for name, mode in MODES.items())
     add("--mode", default="visualize", choices=list(MODES), help=modes)
@@ -69,7 +72,12 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=cli.integer(0), help="for pictures: draws the same images again")
     index = "for attention and report: these test images, counted from 0, not random ones"
     add("--index", nargs="+", type=cli.integer(0), metavar="N", help=index)
-    add_flags(parser, ("data_dir", "device"))
+    data_dir = (
+        "a folder with a folder of pictures for each class, right in it or in its folder test, to "
+        "score the model on; or where its own data set is; None: where train.py puts that"
+    )
+    add("--data_dir", help=data_dir)
+    add_flags(parser, ("device",))
     add = parser.add_argument_group("for onnx; --raw_input for torch_export, too").add_argument
     int8 = "int8: weights and the activations before them in 8 bits, ranges from training images"
     add("--quantize", default="none", choices=["none", "int8"], help=int8)
@@ -78,10 +86,19 @@ def parse_args() -> argparse.Namespace:
     add("--raw_input", action="store_true", help=raw)
     args = parser.parse_args()
     _check_combination(args, parser)
-    args.output = Path(parser.given.get("output", MODES[args.mode].output))
-    if args.mode == "report" and args.output.suffix.lower() != ".html":
+    args.output = Path(parser.given["output"]) if "output" in parser.given else None
+    if args.mode == "report" and args.output and args.output.suffix.lower() != ".html":
         raise UserError(f"--output {args.output}: a report's name ends in .html")
     return args
+
+
+def default_output(mode: str, dataset: str) -> Path:
+    """The file that a mode writes unless `--output` names another.
+
+    Args:
+        dataset: the name for --dataset of the model's; a file may say anything.
+    """
+    return Path(MODES[mode].output.replace("SET", re.sub(r"\W+", "_", dataset)))
 
 
 def _check_combination(args: argparse.Namespace, parser: cli.Parser) -> None:
@@ -102,7 +119,7 @@ def _check_combination(args: argparse.Namespace, parser: cli.Parser) -> None:
 
 def parse_demo_args() -> argparse.Namespace:
     """The flags of demo.py."""
-    parser = cli.Parser(description="A web page that reads the digits you draw on it.")
+    parser = cli.Parser(description="A web page to draw digits on, or to drop pictures on.")
     add_checkpoint(parser)
     host = "address to serve on: 127.0.0.1 for this computer alone, 0.0.0.0 for its networks"
     parser.add_argument("--host", default="127.0.0.1", help=host)

@@ -1,154 +1,170 @@
-"""Reads your own digits: pictures in, for each of their digits the class probabilities out."""
+"""Answers your own pictures: for each, or each of its digits, the class probabilities."""
 
-import io
-import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from analysis import confidence
+from analysis.words import words_for
 from common.errors import UserError
+from data.catalog import NAMED_SETS
 from data.dataset import per_channel
-from data.pictures import has_image_name
-from deploy.digit_image import Digit, Reading, read_digits
+from data.decode import DRAFT
+from data.pictures import open_picture, prepare
+from deploy.digit_image import Reading, read_digits
+from deploy.picture_files import read_each
+from saving.checkpoint import image_shape
 from vit_model import ViT
 
 BATCH_SIZE = 256
-STDIN = "-"
-MAX_STDIN = 2**28  # bytes; no picture that is small enough to be read takes more
 
 
 class Predictions(NamedTuple):
     """What a model makes of n images."""
 
     probabilities: np.ndarray  # float32 (n, num_classes); each row sums to 1
-    strange: np.ndarray  # bool (n,): may be no digit
+    strange: np.ndarray  # bool (n,): may be of no class
 
 
 @torch.no_grad()
 def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predictions:
-    """Read images in MNIST's form, in batches of 256.
+    """Classify images in the form of the data set's, in batches of 256.
 
     Args:
         model: in evaluation mode; the images go to the device where it is.
-        images: uint8 (n, 28, 28), light on black; n may be 0.
+        images: uint8 (n, C, S, S), digits light on black; n may be 0.
         checkpoint: what `load_checkpoint` gave with the model: its normalization and calibration.
     """
     device, calibration = next(model.parameters()).device, checkpoint["calibration"]
-    mean, std = (per_channel(v, device) for v in checkpoint["normalization"].values())
     parts = []
     for batch in torch.from_numpy(images).split(BATCH_SIZE):
-        pixels = batch.to(device).unsqueeze(1).float() / 255
-        logits, vectors = confidence.read(model, (pixels - mean) / std)
+        logits, vectors = confidence.read(model, normalize(batch.to(device), checkpoint))
         probabilities = (logits / calibration["temperature"]).softmax(dim=1)
         parts.append((probabilities.cpu(), confidence.is_strange(vectors, calibration)))
     return Predictions(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
 
+def normalize(images: torch.Tensor, checkpoint: dict[str, Any]) -> torch.Tensor:
+    """Images uint8 (n, C, S, S) as the checkpoint's model takes them."""
+    mean, std = (per_channel(v, images.device) for v in checkpoint["normalization"].values())
+    return (images.float() / 255 - mean) / std
+
+
 def check_image_shape(checkpoint: dict[str, Any], path: str | Path, advice: str = "") -> None:
-    """Raise UserError unless the model, which is from `path`, takes images of 1x28x28."""
-    config = checkpoint["model_config"]
-    channels, side = config["in_chans"], config["img_size"]
-    if (channels, side) != (1, 28):
-        shape = f"{channels}x{side}x{side}"
-        raise UserError(f"{path} takes images of {shape}, expected 1x28x28{advice}")
-
-
-def list_images(names: list[str]) -> list[str]:
-    """The names, with each folder replaced by the pictures directly in it, sorted by name. Raises
-    UserError if a folder can't be read or holds no picture, or "-" is named twice.
+    """Raise UserError unless the model, which is from `path`, takes images of the shape that its
+    data set has, or that a picture can be brought to.
     """
-    if names.count(STDIN) > 1:
-        raise UserError(f"--image {STDIN} given {names.count(STDIN)} times: stdin is one image")
-    images = []
-    for name in names:
-        if name == STDIN or not Path(name).is_dir():
-            images.append(name)
-            continue
-        try:
-            inside = [str(path) for path in sorted(Path(name).iterdir()) if _is_image(path)]
-        except OSError as error:
-            raise UserError(f"folder {name} cannot be read: {error.strerror}") from None
-        if not inside:
-            raise UserError(
-                f"folder {name} has no images in it (folders in it are not searched): "
-                "name one that has, or the files"
-            )
-        images += inside
-    return images
+    shape, named = image_shape(checkpoint), NAMED_SETS.get(checkpoint["source"])
+    if checkpoint["preparation"] == "digit":
+        possible = [(1, 28, 28)]
+    elif named:
+        possible = [(named.in_chans, named.img_size, named.img_size)]
+    else:
+        possible = [(channels, *shape[1:]) for channels in (1, 3)]
+    if shape not in possible:
+        given, *expected = ("x".join(map(str, each)) for each in (shape, *possible))
+        raise UserError(f"{path} takes images of {given}, expected {' or '.join(expected)}{advice}")
 
 
-def _is_image(path: Path) -> bool:
-    """Whether the name is that of a picture in a format that is read, and the file not hidden."""
-    return has_image_name(path.name) and not path.name.startswith(".") and path.is_file()
+def prepare_picture(
+    source: str | Path | BinaryIO, what: str, checkpoint: dict[str, Any]
+) -> np.ndarray:
+    """A picture as the training images were prepared, uint8 (C, S, S). Raises UserError if it
+    can't be read.
+    """
+    in_chans, img_size, _ = image_shape(checkpoint)
+    picture = open_picture(source, what, DRAFT * img_size)
+    return np.array(prepare(picture, img_size, in_chans, checkpoint["preparation"]))
 
 
-def read_images(names: list[str], single: bool = False) -> list[Reading | UserError]:
-    """The digits of each picture, or why it could not be read.
+def answer_files(
+    model: ViT, checkpoint: dict[str, Any], names: list[str], single: bool = False
+) -> list[dict[str, Any]]:
+    """What each picture shows, as `answer_digits` or `answer_pictures` tells it.
 
     Args:
+        names: of files, or "-" for stdin.
         single: each picture is known to hold one digit.
     """
-    results = []
-    for name in tqdm(names, desc="reading", unit="image", leave=False, disable=None):
-        try:
-            source, what = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
-            results.append(read_digits(source, f"image {what}", single=single))
-        except UserError as error:
-            results.append(error)
-    return results
+    if checkpoint["preparation"] == "digit":
+        things = words_for(checkpoint).many
+        readings = read_each(names, partial(read_digits, single=single, things=things))
+        return answer_digits(model, checkpoint, names, readings)
+    return answer_pictures(model, checkpoint, names)
 
 
-def _read_stdin() -> io.BytesIO:
-    content = sys.stdin.buffer.read(MAX_STDIN + 1)
-    if len(content) > MAX_STDIN:
-        raise UserError(f"image on stdin is larger than {MAX_STDIN // 2**20} MB: scale it down")
-    return io.BytesIO(content)
+# ----------------------------------------------------------------------------------------- answers
 
 
-def describe_digit(
-    digit: Digit, probabilities: np.ndarray, strange: bool, class_names: list[str]
+def describe(
+    probabilities: np.ndarray, strange: bool, checkpoint: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
-    """A digit of a picture and one row of `Predictions`, as they are answered.
+    """One row of `Predictions`, as it is answered.
 
     Returns:
-        `prediction`, `confidence`, `box` (left, top, right, bottom), `may_be_no_digit` and
-        `probabilities` by class name.
+        `prediction`, `confidence`, `more`, whether it may be of no class under the key of
+        words.py, and `probabilities` by class name.
     """
+    class_names = checkpoint["class_names"]
     return {
         "prediction": class_names[int(probabilities.argmax())],
         "confidence": float(probabilities.max()),
-        "box": list(digit.box),
-        "may_be_no_digit": bool(strange),
+        **more,
+        words_for(checkpoint).strange_key: bool(strange),
         "probabilities": dict(zip(class_names, probabilities.tolist(), strict=True)),
     }
 
 
-def answer(
-    model: ViT, checkpoint: dict[str, Any], names: list[str], readings: list[Reading | UserError]
+def answer_digits(
+    model: ViT,
+    checkpoint: dict[str, Any],
+    names: Iterable[str],
+    readings: Iterable[Reading | UserError],
 ) -> list[dict[str, Any]]:
-    """What each picture shows, by one call of `predict` for the digits of all.
+    """What digits each picture shows, by one call of `predict` for the digits of all.
 
     Returns:
         For each picture `image`, its name, with `error`, or with `prediction`, its digits as they
-        are written, `size`, its width and height in pixels, and `digits`, as `describe_digit`
-        gives them.
+        are written, `size`, its width and height in pixels, and `digits` (of letters
+        `characters`), as `describe` gives them, with `box`: left, top, right and bottom.
     """
     found = [digit for r in readings if isinstance(r, Reading) for digit in r.digits]
-    pixels = np.array([digit.pixels for digit in found], dtype=np.uint8).reshape(-1, 28, 28)
+    pixels = np.array([digit.pixels for digit in found], dtype=np.uint8).reshape(-1, 1, 28, 28)
     predicted = zip(*predict(model, pixels, checkpoint), strict=True)
-    class_names, answers = checkpoint["class_names"], []
+    answers, things = [], words_for(checkpoint).many
     for name, reading in zip(names, readings, strict=True):
         if isinstance(reading, UserError):
-            answers.append({"image": name, "error": " ".join(str(reading).split())})
+            answers.append(_error(name, reading))
             continue
         digits = [  # each takes the next row
-            describe_digit(digit, *next(predicted), class_names) for digit in reading.digits
+            describe(*next(predicted), checkpoint, box=list(digit.box)) for digit in reading.digits
         ]
         prediction = "".join(digit["prediction"] for digit in digits)
         about = {"image": name, "prediction": prediction, "size": list(reading.size)}
-        answers.append({**about, "digits": digits})
+        answers.append({**about, things: digits})
     return answers
+
+
+def answer_pictures(
+    model: ViT, checkpoint: dict[str, Any], names: list[str]
+) -> list[dict[str, Any]]:
+    """What class each picture is of: `image`, its name, with `error`, or with what `describe`
+    gives."""
+    prepared = read_each(names, partial(prepare_picture, checkpoint=checkpoint))
+    images = [image for image in prepared if not isinstance(image, UserError)]
+    pixels = np.array(images, dtype=np.uint8).reshape(-1, *image_shape(checkpoint))
+    predicted = zip(*predict(model, pixels, checkpoint), strict=True)
+    return [
+        _error(name, image)
+        if isinstance(image, UserError)
+        else {"image": name, **describe(*next(predicted), checkpoint)}
+        for name, image in zip(names, prepared, strict=True)
+    ]
+
+
+def _error(name: str, error: UserError) -> dict[str, Any]:
+    return {"image": name, "error": " ".join(str(error).split())}

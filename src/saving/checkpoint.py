@@ -113,10 +113,18 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         config = validated_config(checkpoint.get("model_config", {}), state)
         check_tensors(state, config, path.stat().st_size)
         checkpoint |= _validated_description(checkpoint, config)
+        if "trained_on" in checkpoint:
+            _check_trained_on(checkpoint["trained_on"], path.stat().st_size)
         model = _rebuild(state, config)
     except Exception as error:  # a value of a wrong kind can raise anything
         raise refusal(path, error) from None
     return model, {**checkpoint, "model_config": config}
+
+
+def image_shape(checkpoint: dict[str, Any]) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a loaded checkpoint's model takes."""
+    config = checkpoint["model_config"]
+    return config["in_chans"], config["img_size"], config["img_size"]
 
 
 # -------------------------------------------------------------------------------------------- read
@@ -237,6 +245,16 @@ def check_tensors(
     # A tensor may repeat one stored number a million times.
     if sum(tensor.numel() for tensor in state.values()) > file_size:
         raise ValueError("its tensors are larger than the file")
+
+
+def _check_trained_on(marks: Any, file_size: int) -> None:
+    """Raise ValueError unless these are whole numbers in a row, which all stand in the file."""
+    if not isinstance(marks, Tensor) or marks.dtype != torch.int64 or marks.dim() != 1:
+        raise ValueError("its trained_on is not a row of whole numbers")
+    if marks.layout is not torch.strided or marks.is_meta:
+        raise ValueError("its trained_on is not a dense tensor")
+    if marks.numel() * marks.element_size() > file_size:
+        raise ValueError("its trained_on is larger than the file")
 
 
 def _validated_description(checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_confidence_of_a_label_smoothed_model_means_accuracy(digits_model):
 def test_the_pretrained_models_confidence_means_accuracy_and_few_digits_are_strange():
     model, about = load_checkpoint(PRETRAINED)
     test = load_dataset("mnist", MNIST).test
-    probabilities, strange = predict(model, test.images[::4, 0].numpy(), about)
+    probabilities, strange = predict(model, test.images[::4].numpy(), about)
     assert strange.mean() < 0.02
     outputs = explain.Outputs(probabilities, np.log(probabilities), test.labels[::4].numpy())
     without = expected_error(outputs, temperature=1 / about["calibration"]["temperature"])
@@ -111,9 +111,9 @@ def test_one_pass_gives_the_models_own_logits(pool):
 def test_a_hundredth_of_the_validation_images_is_strange_and_noise_is(digits_model):
     model, about, _ = digits_model
     data = load_digits()
-    assert predict(model, data.val.images[:, 0].numpy(), about).strange.sum() in (1, 2)  # of 180
-    assert predict(model, data.test.images[:, 0].numpy(), about).strange.mean() < 0.08
-    noise = np.random.default_rng(0).integers(256, size=(50, 28, 28), dtype=np.uint8)
+    assert predict(model, data.val.images.numpy(), about).strange.sum() in (1, 2)  # of 180
+    assert predict(model, data.test.images.numpy(), about).strange.mean() < 0.08
+    noise = np.random.default_rng(0).integers(256, size=(50, 1, 28, 28), dtype=np.uint8)
     assert predict(model, noise, about).strange.all()
 
 
@@ -136,7 +136,7 @@ def written(text: str, font: str) -> np.ndarray:
 )
 def test_letters_and_shapes_may_be_no_digits(text, fonts):
     model, about = load_checkpoint(PRETRAINED)
-    images = np.stack([written(character, font) for font in fonts for character in text])
+    images = np.stack([[written(character, font)] for font in fonts for character in text])
     assert predict(model, images, about).strange.mean() > 0.7
 
 
@@ -161,8 +161,8 @@ def test_a_model_without_is_taken_as_it_is(run, trained, tmp_path):
     model, about = load_checkpoint("without.pt")
     assert about["calibration"] == {"temperature": 1.0}
     images = load_digits().test.images
-    noise = np.full((1, 28, 28), 255, dtype=np.uint8)
-    probabilities, strange = predict(model, np.concatenate((images[:9, 0], noise)), about)
+    noise = np.full((1, 1, 28, 28), 255, dtype=np.uint8)
+    probabilities, strange = predict(model, np.concatenate((images[:9], noise)), about)
     assert not strange.any()
     with torch.no_grad():
         expected = model((images[:9] / 255 - 0.1593) / 0.2986).softmax(dim=1)

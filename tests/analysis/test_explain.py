@@ -168,6 +168,14 @@ def test_filter_components_are_the_principal_ones_of_the_filters():
     np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-3)
 
 
+def test_filter_components_are_of_all_channels():
+    model = ViT(depth=1, embed_dim=24, patch_size=4, img_size=16, in_chans=3)
+    components, shares = explain.filter_components(model, 5)
+    assert components.shape == (5, 3, 4, 4)
+    reference = PCA(5).fit(model.patch_embed.proj.weight.detach().numpy().reshape(24, 48))
+    np.testing.assert_allclose(shares, reference.explained_variance_ratio_, rtol=1e-4)
+
+
 def test_projections_keep_classes_apart_and_repeat():
     generator = np.random.default_rng(0)
     vectors = generator.normal(size=(60, 8)) + 20 * np.repeat(np.eye(3, 8), 20, axis=0)

@@ -3,6 +3,8 @@
 import html.parser
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import MNIST, assert_one_error_line, needs_mnist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
+from PIL import Image
 
 import inference
 from analysis import explain, figures, report, run_files
@@ -86,7 +89,7 @@ def assert_readable(figure) -> None:
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i]), box
     for title in titles:
-        if match := re.search(r"(\S+): [\d.]+ % \(true: (\S+)\)", title.get_text()):
+        if match := re.search(r"(\S+): [\d.]+ %\s\(true: (\S+)\)", title.get_text()):
             right = match[1] == match[2]
             assert title.get_color() == (figures.GREEN if right else figures.RED)
             assert (title.get_weight() == "bold") == (not right)
@@ -118,6 +121,37 @@ def test_wrong_usage_ends_in_one_line(run, tmp_path, mean_checkpoint, flags, wor
     result = run(inference.main, *flags.split(), "--checkpoint", mean_checkpoint)
     assert_one_error_line(result, *words.split())
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "alone", "outputs"}
+
+
+def test_photos_are_drawn_in_colour_in_every_picture(run, photos, drawn):
+    """The outline of a digit says nothing of a photo: the maps tint a pale version of it."""
+    path = photos / "checkpoints" / "best_model.pt"
+    shown = {}
+    for mode in PICTURES:
+        flags = ("--checkpoint", path, "--data_dir", photos / "photos", "--output", f"{mode}.png")
+        result = run(inference.main, "--mode", mode, *flags)
+        assert result.status == 0 and "(photos)" in result.out, result.err
+        assert "left out: the model was trained on the same" in result.err
+        assert_readable(drawn[-1])
+        shown[mode] = [axes.images[0].get_array() for axes in drawn[-1].axes if axes.images]
+    in_colour = {mode: sum(image.ndim == 3 for image in shown[mode]) for mode in shown}
+    assert in_colour["visualize"] == 16 and in_colour["attention"] == 9  # three for each image
+    assert in_colour["embeddings"] == 1  # the filters
+    for image in (shown["visualize"][0], shown["attention"][0]):
+        assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+        assert np.ptp(image.astype(int), axis=2).max() > 100  # a coloured shape
+
+
+def test_one_picture_is_enough_for_every_figure(run, photos, drawn):
+    Path("one/circle").mkdir(parents=True)
+    shutil.copy(photos / "photos" / "circle" / "0.png", "one/circle/other.png")
+    Image.open("one/circle/other.png").rotate(90).save("one/circle/other.png")  # not trained on
+    path = photos / "checkpoints" / "best_model.pt"
+    for mode in PICTURES:
+        flags = ("--checkpoint", path, "--data_dir", "one", "--output", "p.png")
+        result = run(inference.main, "--mode", mode, *flags)
+        assert result.status == 0, result.err
+        assert_readable(drawn[-1])
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -188,6 +222,28 @@ def test_the_report_of_a_checkpoint_alone(run, tmp_path, mean_checkpoint, drawn)
     assert names == {"b.html", "b.md", *(f"b_{picture}.png" for picture in PICTURES)}
 
 
+def test_a_report_speaks_of_what_the_model_is_and_was_trained_on(
+    run, photos, mean_checkpoint, drawn
+):
+    path = photos / "checkpoints" / "best_model.pt"
+    flags = ("--mode", "report", "--output", "r.html", "--checkpoint")
+    assert run(inference.main, *flags, path, "--data_dir", photos / "photos").status == 0
+    of_photos = Page(Path("r.html").read_text()).words
+    assert run(inference.main, *flags, mean_checkpoint).status == 0
+    of_digits = Page(Path("r.html").read_text()).words
+    for words, its_own, anothers in (
+        (of_photos, ("the CLS token takes", "a pale grey version of the image"), "all patches on"),
+        (of_digits, ("all patches on average take", "the outline of the digit"), "CLS token takes"),
+    ):
+        assert all(text in words for text in its_own) and anothers not in words
+    assert "digit" not in of_photos
+    assert "test accuracy, top-5" not in of_photos  # of three classes
+    assert "3: circle, square, triangle" in of_photos
+    assert "32x32 pixels, colour; a picture is its middle square" in of_photos
+    assert "10: 0, 1, 2, 3" in of_digits and "28x28 pixels, grey" in of_digits
+    assert "test accuracy, top-5" in of_digits
+
+
 @needs_mnist
 def test_the_report_of_a_published_checkpoint(run, tmp_path, drawn):
     save(tmp_path / "published.pt", about={}, depth=1)  # four keys, no more
@@ -240,6 +296,7 @@ def write(tmp_path):
             checkpoint={**checkpoint, "fingerprint": FINGERPRINT, **changes},
             model=model,
             outputs=explain.Outputs(logits, logits, np.arange(40) % 10),
+            dataset="digits",
             pictures=dict.fromkeys(PICTURES, PNG),
         )
         return notes, *((tmp_path / f"report.{end}").read_text() for end in ("html", "md"))

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torchvision.datasets
 from conftest import TINY_DIGITS, assert_one_error_line, history, read
 from mutations import bounded, result_or_error
+from PIL import Image, ImageDraw
 from scipy.io import savemat
 from small_sets import FILES, Part, parts_of, write_files
 
@@ -23,7 +25,9 @@ from data import idx, usps
 from data.catalog import NAMED_SETS
 from data.dataset import Split, divide
 from data.load import load_dataset
+from saving.checkpoint import save_checkpoint
 from training.resolve import resolve
+from vit_model import ViT
 
 EACH = pytest.mark.parametrize("name", FILES)
 PARTS = ("train", "test")
@@ -237,3 +241,41 @@ def test_a_file_that_unpacks_to_more_than_it_may_is_refused(publish, tmp_path, n
     with bounded(memory=400 << 20):
         answer = result_or_error(load_dataset, name, tmp_path)
     assert "is no published file" in answer
+
+
+# ------------------------------------------------------------------------------- after training
+
+THINGS = {"mnist": "digits", "qmnist": "digits"}
+THINGS |= {"emnist-letters": "characters", "emnist-balanced": "characters"}
+QUICK = ("usps", "emnist-letters", "cifar100")  # 16x16, letters, a hundred classes in colour
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FILES],
+)
+def test_a_model_of_any_set_is_pictured_scored_and_asked(run, publish, tmp_path, name):
+    """It was not trained. What it tells apart is called digits only where it is digits."""
+    publish(name, tmp_path / "files")
+    row = NAMED_SETS[name]
+    config = {"img_size": row.img_size, "in_chans": row.in_chans, "depth": 1, "embed_dim": 16}
+    config |= {"num_classes": len(row.class_names), "patch_size": row.img_size // 4}
+    content = {"epoch": 1, "model_state_dict": ViT(**config).state_dict(), "best_acc": 1.0}
+    content |= {"model_config": config, "class_names": list(row.class_names), "dataset": name}
+    content |= {"normalization": {"mean": [0.5] * row.in_chans, "std": [0.3] * row.in_chans}}
+    content |= {"preparation": row.preparation, "source": name, "optimizer_state_dict": {}}
+    save_checkpoint("model.pt", content)
+    flags = ("--checkpoint", "model.pt", "--mode")
+    for mode in ("attention", "confusion", "evaluate"):
+        result = run(inference.main, *flags, mode, "--data_dir", "files")
+        assert result.status == 0 and f"({name})" in result.out, result.err
+    image = Image.new("RGB", (60, 80), "white")
+    ImageDraw.Draw(image).line([(30, 10), (30, 70)], "black", 8)
+    image.save("one.png")
+    result = run(inference.main, *flags, "predict", "--image", "one.png", "--format", "json")
+    (answer,) = json.loads(result.out)["images"]
+    things = THINGS.get(name, "pictures")
+    answer = answer if things == "pictures" else answer[things][0]
+    assert answer["prediction"] in row.class_names
+    assert ("may_be_no_digit" in answer) == (things == "digits")
+    assert ("may_be_none_of_these" in answer) == (things != "digits")

@@ -14,12 +14,14 @@ import torch
 from conftest import ROOT, assert_one_error_line
 from demo_server import BLANK, NUMBER, SEVEN, Server, png
 from PIL import Image
+from shapes import draw_shape
 
 import demo
 from analysis.explain import attention_weights, patch_map, rollout
+from analysis.words import DIGIT, PICTURE, PREPARED
 from data.digits import load_digits
 from deploy.digit_image import read_digits
-from deploy.predict import predict
+from deploy.predict import predict, prepare_picture
 from saving.checkpoint import PRETRAINED, load_checkpoint
 
 pytest.importorskip("starlette", reason="the page needs starlette and uvicorn")
@@ -62,10 +64,10 @@ def test_the_page_is_served_and_refers_to_nothing_outside(server):
 def test_a_drawing_is_read_as_by_python(server, checkpoint):
     model, about = load_checkpoint(checkpoint)
     reading = read_digits(io.BytesIO(NUMBER))
-    images = np.stack([digit.pixels for digit in reading.digits])
+    images = np.stack([digit.pixels for digit in reading.digits])[:, None]
     expected = predict(model, images, about)
     (mean,), (std,) = about["normalization"]["mean"], about["normalization"]["std"]
-    pixels = (torch.from_numpy(images / np.float32(255)).unsqueeze(1) - mean) / std
+    pixels = (torch.from_numpy(images / np.float32(255)) - mean) / std
     looked = patch_map(rollout(attention_weights(model, pixels)), model)
     answer = server.request("POST", "/predict", NUMBER).data
     assert answer["size"] == list(reading.size) == [480, 280] and len(answer["digits"]) == 2
@@ -85,14 +87,43 @@ def test_the_model_is_described(server, checkpoint):
         "validation": about["best_acc"],
         "class_names": about["class_names"],
         "parameters": sum(p.numel() for p in model.parameters()),
+        "words": DIGIT._asdict(),
+        "image_size": 28,
+        "preparation": PREPARED["digit"],
     }
+
+
+def test_a_model_of_photos_answers_pictures_as_by_python(tmp_path, photos):
+    path = photos / "checkpoints" / "best_model.pt"
+    model, about = load_checkpoint(path)
+    picture = png(draw_shape("triangle", np.random.default_rng(3), (90, 70)))
+    image = prepare_picture(io.BytesIO(picture), "x", about)
+    expected = predict(model, image[None], about)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in about["normalization"].values())
+    pixels = (torch.from_numpy(image[None] / np.float32(255)) - mean) / std
+    looked = patch_map(rollout(attention_weights(model, pixels)), model)
+    server = Server(tmp_path, "--checkpoint", path)
+    try:
+        told = server.request("GET", "/model").data
+        assert told["class_names"] == about["class_names"] and told["image_size"] == 32
+        assert told["words"] == PICTURE._asdict() and told["preparation"] == PREPARED["crop"]
+        (answer,) = server.request("POST", "/predict", picture).data["pictures"]
+        np.testing.assert_allclose(answer["probabilities"], expected.probabilities[0], atol=1e-6)
+        assert answer["prediction"] == "triangle"
+        assert answer["may_be_none_of_these"] == expected.strange[0]
+        np.testing.assert_array_equal(answer["received"], np.moveaxis(image, 0, -1))
+        np.testing.assert_allclose(answer["attention"], looked[0], atol=1e-6)
+        refused = server.request("POST", "/predict", b"no picture")
+        assert refused.status == 422 and "give a PNG or JPEG" in refused.data["error"]
+    finally:
+        server.kill()
 
 
 def test_ten_clients_at_once_each_get_their_own_answer(server, checkpoint):
     model, about = load_checkpoint(checkpoint)
     pictures = [png(Image.fromarray(image[0].numpy())) for image in load_digits().test.images[:10]]
     read = [read_digits(io.BytesIO(picture)).digits[0].pixels for picture in pictures]
-    expected = predict(model, np.stack(read), about).probabilities
+    expected = predict(model, np.stack(read)[:, None], about).probabilities
     assert len({tuple(row) for row in expected}) == 10
 
     def ask(picture: bytes) -> list[float]:

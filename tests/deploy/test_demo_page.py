@@ -9,10 +9,12 @@ from statistics import median
 
 import numpy as np
 import pytest
+import torch
 from demo_server import BLANK, NUMBER, SEVEN, Server
 from PIL import Image
+from shapes import draw_shape
 
-from saving.checkpoint import PRETRAINED, load_checkpoint
+from saving.checkpoint import PRETRAINED, load_checkpoint, save_checkpoint
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="the browser needs selenium")
 pytest.importorskip("starlette", reason="the page needs starlette and uvicorn")
@@ -323,6 +325,76 @@ def test_transparent_ink_is_seen_in_either_mode(page, mode, ink):
         " return data[i + 3] ? data[i] : Number(paper.match(/\\d+/)[0]); })"
     )
     assert abs(on_ink - beside) > 100
+
+
+# -------------------------------------------------------------------------------- other than digits
+
+
+@pytest.fixture(scope="module")
+def other_page(chromium, tmp_path_factory) -> Iterator[Callable]:
+    """other_page(checkpoint) -> the page of a model that reads no digits."""
+    servers = []
+
+    def open_page(checkpoint: Path) -> Page:
+        folder = tmp_path_factory.mktemp("other")
+        servers.append(Server(folder, "--checkpoint", checkpoint))
+        chromium.get(f"http://127.0.0.1:{servers[-1].port}/")
+        page = Page(chromium, folder)
+        page.wait(lambda: page.text("#about"))
+        return page
+
+    yield open_page
+    for server in servers:
+        server.kill()
+    assert [e for e in chromium.get_log("browser") if "status of 4" not in e["message"]] == []
+
+
+def test_a_model_of_photos_gets_pictures_and_no_drawings(other_page, photos, tmp_path):
+    page = other_page(photos / "checkpoints" / "best_model.pt")
+    assert page.text("h1") == "What is in the picture?" and "digit" not in page.text("body")
+    assert not page.find("#examples").is_displayed() and not page.find("#undo").is_displayed()
+    page.find("#drawing").click()
+    assert page.text("#digit") == "?"
+    shape = draw_shape("square", np.random.default_rng(0), (300, 200))
+    page.upload("photo.png", saved(shape))
+    page.wait(lambda: page.text("#took"))
+    assert page.text("#digit") == "square" and page.text("#bars .winner").split()[0] == "square"
+    assert not page.find_all("#boxes i")
+    shares = [float(row.text.split()[1]) for row in page.find_all("#bars li")]
+    assert len(shares) == 3 and shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    received, attention = page.script(
+        "return ['received', 'attention'].map((id) => { const canvas = document.getElementById(id);"
+        " return [canvas.width, canvas.height, ...canvas.getContext('2d')"
+        ".getImageData(0, 0, canvas.width, canvas.height).data]; })"
+    )
+    assert received[:2] == attention[:2] == [32, 32]
+    pixels = np.array(received[2:]).reshape(32, 32, 4)[..., :3]
+    np.testing.assert_allclose(pixels[16, 16], shape.getpixel((150, 100)), atol=2)
+    assert "32\N{MULTIPLICATION SIGN}32 pixels: its middle square" in page.text(".views")
+    for width, height in ((360, 740), (740, 360)):
+        page.command(
+            "setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2, mobile=True
+        )
+        assert page.script("return document.documentElement.scrollWidth") <= width
+    page.command("clearDeviceMetricsOverride")
+    page.clear()
+    assert page.text("#words").startswith("Choose a picture") and page.text("#digit") == "?"
+
+
+def test_a_model_of_letters_is_drawn_for(other_page, tmp_path):
+    """Its classes are digits under other names."""
+    names = {"class_names": list("ABCDEFGHIJ"), "dataset": "letters", "source": "letters"}
+    save_checkpoint(tmp_path / "letters.pt", {**torch.load(PRETRAINED), **names})
+    page = other_page(tmp_path / "letters.pt")
+    assert page.text("h1") == "Draw a character" and "digit" not in page.text("body")
+    assert not page.find("#examples").is_displayed()
+    page.draw(ONE)
+    assert page.text("#digit") == "B" and page.text("#bars .winner").split()[0] == "B"
+    assert len(page.find_all("#bars li")) == 5
+    page.clear()
+    page.draw(*FOUR, TWO)
+    assert page.text("#digit") == "EC" and page.text("#words").startswith("Character 1 of 2: E")
 
 
 # ------------------------------------------------------------------------------------------ phones

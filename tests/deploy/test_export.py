@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,9 +15,11 @@ import pytest
 import torch
 from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist
 from PIL import Image
+from shapes import draw_shape
 
 import inference
 from data.digits import load_digits
+from data.folder import load_folder
 from data.load import load_dataset
 from deploy import export, predict
 from saving.checkpoint import PRETRAINED, load_checkpoint
@@ -51,13 +54,15 @@ def checkpoint(trained) -> Path:
 # ---------------------------------------------------------------- what a file holds, what it does
 
 
-def run_onnx(path: Path, images: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+def run_onnx(
+    path: Path, images: np.ndarray, num_classes: int = 10
+) -> tuple[np.ndarray, dict[str, str]]:
     """Outputs and metadata of a valid file, which takes batches of any size."""
     onnx.checker.check_model(onnx.load(path), full_check=True)
     session = onnxruntime.InferenceSession(path)
     (given,), (output,) = session.get_inputs(), session.get_outputs()
     assert (given.name, output.name, output.type) == ("input", "output", "tensor(float)")
-    assert session.run(None, {"input": images[:1]})[0].shape == (1, 10)
+    assert session.run(None, {"input": images[:1]})[0].shape == (1, num_classes)
     metadata = session.get_modelmeta().custom_metadata_map
     return session.run(None, {"input": images})[0], metadata
 
@@ -94,7 +99,7 @@ def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
     assert str(ROOT).encode() not in path.read_bytes()
 
     images, labels = (part.numpy() for part in (load_digits().val.images, load_digits().val.labels))
-    expected = predict.predict(model, images[:, 0], about).probabilities
+    expected = predict.predict(model, images, about).probabilities
     if not raw:
         images = (images / np.float32(255) - np.float32(0.1593)) / np.float32(0.2986)
     outputs, metadata = (run_program if program else run_onnx)(path, images)
@@ -112,6 +117,9 @@ def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
         "class_names": json.dumps(list("0123456789")),
         "mean": "0.1593",
         "std": "0.2986",
+        "image_size": "28",
+        "channels": "grey",
+        "preparation": "scaled to fit 20x20, centred by mass in 28x28, light on black",
         "temperature": str(about["calibration"]["temperature"]),
         "precision": precision,
     }
@@ -129,6 +137,63 @@ def test_a_file_says_how_to_use_it_and_gives_the_classes_that_python_gives(
         assert difference <= (0.05 if precision == "fp16" else 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ("--raw_input", "fp32"),
+        ("--raw_input --quantize int8", "int8"),
+        slow("", "fp32"),
+        slow("--half", "fp16"),
+    ],
+)
+def test_a_model_of_photos_is_exported_with_all_that_it_takes_to_use_it(
+    run, tmp_path, photos, flags, precision
+):
+    path = photos / "checkpoints" / "best_model.pt"
+    command = f"--mode onnx {flags} --data_dir {photos / 'photos'} --checkpoint".split()
+    result = run(inference.main, *command, path)
+    assert result.status == 0, result.err
+    model, about = load_checkpoint(path)
+    data = load_folder(photos / "photos", img_size=32, in_chans=3)
+    images, labels = data.val.images.numpy(), data.val.labels.numpy()
+    expected = predict.predict(model, images, about).probabilities
+    mean, std = (np.array(about["normalization"][name]) for name in ("mean", "std"))
+    raw = "--raw_input" in flags
+    if not raw:
+        images = (images / 255 - mean[:, None, None]) / std[:, None, None]
+        images = images.astype(np.float32)
+    outputs, metadata = run_onnx(tmp_path / "outputs" / "vit_folder.onnx", images, 3)
+    same = (outputs.argmax(1) == expected.argmax(1)).sum()
+    assert same >= (0.9 if precision == "int8" else 1) * len(labels)
+    if raw:
+        assert np.abs(outputs - expected).max() < (0.2 if precision == "int8" else 5e-3)
+    assert metadata.pop("input").startswith(f"{'uint8' if raw else 'float32'} (batch, 3, 32, 32): ")
+    assert json.loads(metadata.pop("class_names")) == ["circle", "square", "triangle"]
+    for name, values in (("mean", mean), ("std", std)):
+        assert [float(value) for value in metadata.pop(name).split(", ")] == values.tolist()
+    assert (
+        metadata["preparation"].startswith("its middle square") and metadata["image_size"] == "32"
+    )
+    assert metadata["channels"] == "red, green, blue" and metadata["precision"] == precision
+    assert "light on black" not in str(metadata)
+    right = 100 * (outputs.argmax(1) == labels).mean()
+    assert re.search(rf"^validation accuracy .* {right:.2f} %$", result.out, re.MULTILINE)
+
+
+def test_a_model_of_photos_is_exported_without_them_but_for_int8(run, photos):
+    flags = "--mode onnx --raw_input --checkpoint".split()
+    path = photos / "checkpoints" / "best_model.pt"
+    result = run(inference.main, *flags, path)
+    assert result.status == 0 and "is not measured" in result.err and "--data_dir" in result.err
+    result = run(inference.main, *flags, path, "--quantize", "int8")
+    assert_one_error_line(result, "--quantize int8", "training images", "--data_dir")
+    Path("mine/circle").mkdir(parents=True)
+    for kind in ("circle", "star"):
+        shutil.copytree(photos / "photos" / "circle", f"mine/{kind}", dirs_exist_ok=True)
+    result = run(inference.main, *flags, path, "--quantize", "int8", "--data_dir", "mine")
+    assert_one_error_line(result, "--quantize int8", "circle, square, triangle", "circle, star")
+
+
 @pytest.mark.slow
 @needs_mnist
 @needs_pretrained
@@ -137,7 +202,7 @@ def test_files_do_as_well_on_all_of_mnists_test_images():
     model, about = load_checkpoint(PRETRAINED)
     data = load_dataset("mnist", MNIST)
     images, labels = data.test.images.numpy(), data.test.labels.numpy()
-    expected = predict.predict(model, images[:, 0], about).probabilities.argmax(1)
+    expected = predict.predict(model, images, about).probabilities.argmax(1)
     options = {"raw_input": True, "int8_images": data.train.images[: export.INT8_IMAGES]}
     for precision, loss, different in (("fp32", 0, 0), ("int8", 0.1, 30)):
         content = export.export(model, about, precision=precision, **options).content
@@ -170,12 +235,34 @@ def test_the_documentation_shows_how_to_run_a_file(tmp_path, monkeypatch, capsys
     own = re.sub(r"image = .*# or: (.*)\nImageDraw.*", r"image = \1", snippet)
     assert 'image = Image.open("digit.png")' in own
     image = load_digits().test.images[0].numpy()
-    (expected,) = predict.predict(model, image, about).probabilities
+    (expected,) = predict.predict(model, image[None], about).probabilities
     for pixels in (image[0], 255 - image[0]):
         Image.fromarray(pixels).save("digit.png")
         exec(own, {})
         printed = f"{expected.argmax()}: {100 * expected.max():.1f} %\n"
         assert capsys.readouterr().out == printed
+
+
+def test_the_documentation_shows_how_to_ask_a_file_of_a_photo(
+    tmp_path, monkeypatch, capsys, photos
+):
+    text = (ROOT / "docs" / "inference.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    (snippet,) = (block for block in blocks if "photo.jpg" in block)
+    assert len(snippet.splitlines()) <= 14
+    model, about = load_checkpoint(photos / "checkpoints" / "best_model.pt")
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    content = export.export(model, about, raw_input=True).content
+    Path("outputs", "vit_folder.onnx").write_bytes(content)
+    draw_shape("square", np.random.default_rng(0), (333, 250)).save("photo.jpg", quality=95)
+    exec(snippet, {})
+    answers = [line.split(": ") for line in capsys.readouterr().out.splitlines()]
+    (expected,) = predict.answer_pictures(model, about, ["photo.jpg"])
+    assert len(answers) == 3 and answers[0][0] == expected["prediction"] == "square"
+    for name, share in answers:
+        share = float(share.removesuffix(" %"))
+        assert share == pytest.approx(100 * expected["probabilities"][name], abs=2)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from saving.checkpoint import UNCALIBRATED, load_checkpoint
 from vit_model import ViT
 
 TEST = load_digits().test
-IMAGES = TEST.images[:, 0].numpy()
+IMAGES = TEST.images[:, 0].numpy()  # (n, 28, 28)
 
 
 @pytest.fixture
@@ -72,13 +72,13 @@ def test_pictures_of_digits_are_read_in_any_form(read, tmp_path, checkpoint):
     labels = TEST.labels.numpy()
     right = np.mean([int(row["prediction"]) for row in written["images"]] == labels[:60])
     model, about = load_checkpoint(checkpoint)
-    score = np.mean(predict(model, IMAGES, about).probabilities.argmax(1) == labels)
+    score = np.mean(predict(model, IMAGES[:, None], about).probabilities.argmax(1) == labels)
     assert right > score - 0.3  # the small model has seen digits moved by a pixel at most
 
 
 def test_batches_give_what_one_image_at_a_time_gives():
     model = ViT(depth=1, embed_dim=16).eval()
-    images = np.concatenate([IMAGES, IMAGES])[: BATCH_SIZE + 3]
+    images = np.concatenate([IMAGES, IMAGES])[: BATCH_SIZE + 3, None]
     sizes = []
     model.head.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     checkpoint = {"normalization": {"mean": 0.1307, "std": 0.3081}, "calibration": UNCALIBRATED}
@@ -86,7 +86,7 @@ def test_batches_give_what_one_image_at_a_time_gives():
     assert sizes == [BATCH_SIZE, 3] and together.shape == (BATCH_SIZE + 3, 10)
     assert strange.shape == (BATCH_SIZE + 3,) and not strange.any()
     pixels = (torch.from_numpy(images[-1]).float() / 255 - 0.1307) / 0.3081
-    alone = model(pixels[None, None]).softmax(dim=1).detach().numpy()
+    alone = model(pixels[None]).softmax(dim=1).detach().numpy()
     assert together[-1] == pytest.approx(alone[0], abs=1e-5)
     assert predict(model, images[:0], checkpoint).probabilities.shape == (0, 10)
 

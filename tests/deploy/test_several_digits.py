@@ -13,7 +13,7 @@ from common.errors import UserError
 from data.load import load_dataset
 from deploy import digit_pieces
 from deploy.digit_image import MAX_DIGITS, Reading, read_digits
-from deploy.predict import answer
+from deploy.predict import answer_digits
 from saving.checkpoint import PRETRAINED, load_checkpoint
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -188,7 +188,7 @@ def test_one_call_of_the_model_reads_all_digits_of_all_pictures(pretrained):
     hook = model.patch_embed.register_forward_pre_hook(
         lambda _, inputs: sizes.append(len(inputs[0]))
     )
-    answers = answer(model, checkpoint, ["a", "b", "c"], readings)
+    answers = answer_digits(model, checkpoint, ["a", "b", "c"], readings)
     hook.remove()
     assert [row.get("prediction") for row in answers] == ["123", None, "45"] and sizes == [5]
 

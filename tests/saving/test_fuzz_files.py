@@ -110,6 +110,11 @@ REFUSED = {
         torch.zeros(2, 0, 8),
         torch.zeros(2, 11, 8),
     ],
+    "trained_on": [
+        *([1, 2], torch.ones(3), torch.ones(2, 2, dtype=torch.int64)),
+        *(torch.ones(1, dtype=torch.int64).expand(10**9), torch.ones(3).long().to_sparse()),
+        torch.ones(3, dtype=torch.int64, device="meta"),
+    ],
     "model_config/num_heads": [-2, 2.0],
     "model_config/embed_dim": [("ODD", "long text")],
     "model_config/img_size": ["%1000000000d"],  # which % would format

@@ -14,8 +14,8 @@ const COVER = 0.6; // how much of the image the attention's colour covers
 
 const element = (id) => document.getElementById(id);
 const drawing = element("drawing");
-const INVITATION = "Draw a digit first: the answer stands here.";
-const HINT = "Draw here, or drop a picture";
+let invitation = "Draw a digit first: the answer stands here.";
+let hint = "Draw here, or drop a picture";
 let strokes = []; // each a list of points [x, y], 0 to 1
 let upload = null; // a picture's { name, image }, image null where the browser can't show it
 let digits = []; // read in what stands there
@@ -28,6 +28,8 @@ let shown = 0; // number of the question whose answer stands on the page
 let open = 0; // questions without an answer yet
 let askedAt = 0;
 let classNames = [];
+let words = {}; // for what the model tells apart: as in words.py, { one, many, strange, strange_key }
+const MOST_BARS = 5; // of other classes than digits: the likeliest
 
 // ---- drawing ------------------------------------------------------------------------------------
 
@@ -62,7 +64,7 @@ function redraw() {
     context.drawImage(image, ...place);
   }
   paint(context, side, getComputedStyle(drawing).color);
-  element("hint").textContent = upload ? `${upload.name} is here, but this browser cannot show it` : HINT;
+  element("hint").textContent = upload ? `${upload.name} is here, but this browser cannot show it` : hint;
   element("hint").hidden = strokes.length || upload?.image;
   element("undo").disabled = element("clear").disabled = !strokes.length && !upload;
 }
@@ -95,7 +97,7 @@ function clear() {
   sheet++;
   shown = ++asked; // answers on their way are of no interest any more
   redraw();
-  showNothing(INVITATION);
+  showNothing(invitation);
 }
 
 function undo() {
@@ -154,7 +156,8 @@ function showNothing(words, isError = false) {
   element("status").textContent = isError ? words : "";
   showBars(classNames.map(() => 0));
   for (const id of ["received", "attention"]) {
-    element(id).getContext("2d").clearRect(0, 0, 28, 28);
+    const { width, height } = element(id);
+    element(id).getContext("2d").clearRect(0, 0, width, height);
     element(id).ariaLabel = "Nothing yet";
   }
   [element("least").textContent, element("most").textContent] = ["less", "more"];
@@ -167,17 +170,17 @@ function ranking({ probabilities }) {
 }
 
 function showAnswer(answer, final, since) {
-  digits = answer.digits;
+  digits = answer[words.many];
   element("digit").replaceChildren(...digits.map(digitButton));
   // On the pad a drawing's only digit needs no frame, and a picture that isn't shown has no place for one.
-  const framed = upload ? upload.image : digits.length > 1;
+  const framed = takesPictures() ? false : upload ? upload.image : digits.length > 1;
   element("boxes").replaceChildren(...(framed ? digits.map((digit, i) => frame(digit, i, answer.size)) : []));
   element("boxes").className = upload ? "clickable" : "";
   select(Math.min(selected, digits.length - 1));
   element("took").textContent = "";
   if (!final) return;
   const number = digits.length > 1 ? `${digits.map((digit) => digit.prediction).join("")}: ` : "";
-  const each = digits.map((digit) => ranking(digit)[0] + (digit.may_be_no_digit ? ", which may be no digit" : ""));
+  const each = digits.map((digit) => ranking(digit)[0] + (digit[words.strange_key] ? `, which ${words.strange}` : ""));
   element("status").textContent = `This looks like ${number}${each.join("; ")}.`;
   requestAnimationFrame(() => setTimeout(() => { // once it is painted
     const { duration } = performance.measure("answer", { start: since });
@@ -185,11 +188,11 @@ function showAnswer(answer, final, since) {
   }));
 }
 
-function digitButton({ prediction, may_be_no_digit: strange }, i) {
+function digitButton({ prediction, [words.strange_key]: strange }, i) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = prediction;
-  button.ariaLabel = `${prediction}, digit ${i + 1} of ${digits.length}`;
+  button.ariaLabel = `${prediction}, ${words.one} ${i + 1} of ${digits.length}`;
   button.className = strange ? "strange" : "";
   button.disabled = digits.length === 1;
   button.onclick = () => select(i);
@@ -197,7 +200,7 @@ function digitButton({ prediction, may_be_no_digit: strange }, i) {
 }
 
 /** A frame around a digit on the pad, of a picture of [width, height] that was sent. */
-function frame({ box: [left, top, right, bottom], may_be_no_digit: strange }, i, [width, height]) {
+function frame({ box: [left, top, right, bottom], [words.strange_key]: strange }, i, [width, height]) {
   const side = upload ? Math.max(width, height) : SENT_SIDE - 2 * MARGIN; // as much of it as the pad shows
   const share = (length) => `${100 * length / side}%`;
   const line = document.createElement("i");
@@ -217,11 +220,11 @@ function select(i) {
     [...element(id).children].forEach((child, j) => { child.ariaCurrent = i === j; });
   }
   const [best, second] = ranking(digits[i]);
-  const several = digits.length > 1 && `Digit ${i + 1} of ${digits.length}`;
-  if (digits[i].may_be_no_digit) {
-    say(`${several || "This"} may be no digit`, `most like ${best}`, "strange");
+  const several = digits.length > 1 && `${capital(words.one)} ${i + 1} of ${digits.length}`;
+  if (digits[i][words.strange_key]) {
+    say(`${several || "This"} ${words.strange}`, `most like ${best}`, "strange");
   } else {
-    const next = second.endsWith(" 0.0 %") ? "" : `next: ${second}`;
+    const next = !second || second.endsWith(" 0.0 %") ? "" : `next: ${second}`;
     say(several ? `${several}: ${best}` : `Probability ${percent(Math.max(...digits[i].probabilities))}`, next, "");
   }
   showBars(digits[i].probabilities);
@@ -231,33 +234,44 @@ function select(i) {
 
 function showBars(probabilities) {
   const best = Math.max(...probabilities);
-  probabilities.forEach((share, i) => {
-    const row = element("bars").children[i];
+  const order = probabilities.map((_, i) => i);
+  if (!readsDigits()) order.sort((a, b) => probabilities[b] - probabilities[a]);
+  [...element("bars").children].forEach((row, place) => {
+    const i = order[place], share = probabilities[i];
+    row.querySelector("span").textContent = best || readsDigits() ? classNames[i] : "";
     row.className = share > 0 && share === best ? "winner" : "";
     row.querySelector("i").style.setProperty("--share", percent(share).replace(" ", ""));
     row.querySelector("b").textContent = best ? percent(share) : "–";
   });
 }
 
-/** Fill a canvas of 28x28 pixels with the colours [red, green, blue] of color(row, column). */
-function fill(canvas, color) {
-  const image = new ImageData(28, 28);
-  for (let i = 0; i < 28 * 28; i++) image.data.set([...color(Math.floor(i / 28), i % 28), 255], 4 * i);
+/** Fill a canvas of side x side pixels with the colours [red, green, blue] of color(row, column). */
+function fill(canvas, side, color) {
+  canvas.width = canvas.height = side;
+  const image = new ImageData(side, side);
+  for (let i = 0; i < side ** 2; i++) image.data.set([...color(Math.floor(i / side), i % side), 255], 4 * i);
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
+/** [red, green, blue] of a pixel, which may be a grey value. */
+const inColor = (pixel) => Array.isArray(pixel) ? pixel : [pixel, pixel, pixel];
+
 function showImage({ prediction, received }) {
-  fill(element("received"), (row, column) => Array(3).fill(received[row][column]));
-  element("received").ariaLabel = `The ${prediction}, white on black, as 28 by 28 pixels`;
+  const size = received.length;
+  fill(element("received"), size, (row, column) => inColor(received[row][column]));
+  const what = takesPictures() ? "The picture" : `The ${prediction}, white on black,`;
+  element("received").ariaLabel = `${what} as ${size} by ${size} pixels`;
 }
 
 function showAttention({ received, attention }) {
-  const side = attention.length;
+  const [side, size] = [attention.length, received.length];
   const [least, most] = [Math.min(...attention.flat()), Math.max(...attention.flat())];
-  fill(element("attention"), (row, column) => {
-    const value = attention[Math.floor(row * side / 28)][Math.floor(column * side / 28)];
+  fill(element("attention"), size, (row, column) => {
+    const value = attention[Math.floor(row * side / size)][Math.floor(column * side / size)];
     const color = cividis((value - least) / (most - least || 1));
-    return color.map((channel) => COVER * channel + (1 - COVER) * received[row][column]);
+    const [red, green, blue] = inColor(received[row][column]);
+    const grey = 0.299 * red + 0.587 * green + 0.114 * blue;
+    return color.map((channel) => COVER * channel + (1 - COVER) * grey);
   });
   const strongest = attention.flat().indexOf(most);
   element("attention").ariaLabel = `Attention on ${side} by ${side} patches, most in row ` +
@@ -271,10 +285,36 @@ function cividis(value) {
   return CIVIDIS[below].map((low, i) => low + (CIVIDIS[below + 1][i] - low) * (place - below));
 }
 
+const readsDigits = () => words.many === "digits";
+const takesPictures = () => words.many === "pictures";
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
+/** Speak of what this model takes, where that is no digits. */
+function adapt({ image_size: size, preparation }) {
+  let title = `Draw a ${words.one}`, subtitle = "Or several: a Vision Transformer reads them while you draw.";
+  invitation = `Draw a ${words.one} first: the answer stands here.`;
+  element("file").ariaLabel = `Picture of a ${words.one}`;
+  element("drawing").ariaLabel = `Drawing area: draw ${words.many} with mouse, finger or pen`;
+  if (takesPictures()) {
+    [title, subtitle] = ["What is in the picture?", "A Vision Transformer says what it takes it for, and where it looked."];
+    invitation = "Choose a picture first: the answer stands here.";
+    hint = "Drop a picture here, paste or upload one";
+    element("file").ariaLabel = "Picture";
+    element("drawing").ariaLabel = "The picture";
+    document.querySelector(".views p").textContent = `${size}×${size} pixels: ${preparation}`;
+  }
+  document.title = `${title} · vit-mnist`;
+  document.querySelector("h1").textContent = title;
+  document.querySelector("header p").textContent = subtitle;
+  document.body.className = words.many; // style.css hides what is of no use
+}
+
 async function showModel() {
   const model = await (await fetch("model")).json();
-  classNames = model.class_names;
-  element("bars").replaceChildren(...classNames.map((name) => {
+  [classNames, words] = [model.class_names, model.words];
+  if (!readsDigits()) adapt(model);
+  const bars = readsDigits() ? classNames : classNames.slice(0, MOST_BARS);
+  element("bars").replaceChildren(...bars.map((name) => {
     const row = document.createElement("li");
     const parts = ["span", "i", "b"].map((tag) => document.createElement(tag));
     parts[0].textContent = name;
@@ -294,7 +334,7 @@ function place(event) {
 }
 
 drawing.addEventListener("pointerdown", (event) => {
-  if (!event.isPrimary || event.button !== 0) return;
+  if (!event.isPrimary || event.button !== 0 || takesPictures()) return;
   if (finished) clear();
   drawing.setPointerCapture(event.pointerId);
   pen = event.pointerId;

@@ -1,0 +1,130 @@
+"""What a trained model is scored on: its own data set, or a folder of pictures by class."""
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from analysis.words import words_for
+from common.errors import UserError
+from data.catalog import NAMED_SETS
+from data.dataset import Dataset, Split
+from data.folder import load_labelled
+from data.listing import list_labelled
+from data.load import load_dataset
+from deploy.digit_image import read_digits
+from deploy.picture_files import read_each
+from deploy.predict import check_image_shape
+from saving.checkpoint import image_shape
+
+SHOWN = 20  # pictures that are named, of those that can't be read
+
+
+def load_test_images(
+    checkpoint: dict[str, Any], path: str | Path, data_dir: str | None
+) -> tuple[str, Split]:
+    """The images that a model is scored on, and what their set is called. Raises UserError if they
+    can't be had, or don't suit the model.
+
+    Args:
+        checkpoint: the model's, which is from `path`.
+        data_dir: a folder with a folder of pictures for each class, right in it or in its `test`;
+            or where the model's own data set is. Pictures are prepared as `predict` does it; those
+            that the model was trained on are left out.
+    """
+    class_names = checkpoint["class_names"]
+    of_folder = checkpoint["source"] == "folder"
+    check_image_shape(checkpoint, path)
+    if data_dir is None or not (of_folder or is_labelled(data_dir, class_names)):
+        dataset = load_own_set(checkpoint, path, data_dir)
+        return dataset.name, dataset.test
+    name = Path(data_dir).resolve().name
+    if checkpoint["preparation"] == "digit":
+        return name, _read_labelled_digits(data_dir, checkpoint)
+    in_chans, img_size, _ = image_shape(checkpoint)
+    how = {"img_size": img_size, "in_chans": in_chans, "resize": checkpoint["preparation"]}
+    exclude = checkpoint.get("trained_on")
+    return name, load_labelled(data_dir, class_names, **how, exclude=exclude)
+
+
+def load_own_set(
+    checkpoint: dict[str, Any], path: str | Path, data_dir: str | None = None
+) -> Dataset:
+    """The data set that a model was trained on. Raises UserError if it can't be had, or is another
+    one.
+
+    Args:
+        checkpoint: the model's, which is from `path`.
+        data_dir: where the data set is; None: where its table says.
+    """
+    source, class_names, folder = checkpoint["source"], checkpoint["class_names"], None
+    check_image_shape(checkpoint, path)
+    if source == "folder":
+        if data_dir is None:
+            raise UserError(
+                f"{path} is of a folder of images: name one with --data_dir, with a folder for "
+                f"each of {_listed(class_names)}"
+            )
+        in_chans, img_size, _ = image_shape(checkpoint)
+        folder = {"img_size": img_size, "in_chans": in_chans, "resize": checkpoint["preparation"]}
+    elif data_dir and source in NAMED_SETS and NAMED_SETS[source].data_dir is None:
+        raise UserError(
+            f"--data_dir {data_dir} has no folder of pictures for any of {_listed(class_names)}, "
+            f"and {NAMED_SETS[source].title} need no files: leave it out, or name one that has"
+        )
+    dataset = load_dataset(source, data_dir, folder)
+    found = len(dataset.class_names), list(dataset.class_names)
+    if found[0] != len(class_names) or (source == "folder" and found[1] != class_names):
+        raise UserError(
+            f"{path} tells {_listed(class_names)} apart, but {data_dir or dataset.name} has "
+            f"{_listed(found[1])}"
+        )
+    return dataset
+
+
+def is_labelled(data_dir: str | Path, class_names: Sequence[str]) -> bool:
+    """Whether a folder has a folder of pictures for any of these classes."""
+    try:
+        found = list_labelled(data_dir).classes["test"]
+    except UserError:  # whoever reads the data set there says what is wrong
+        return False
+    return not set(found).isdisjoint(class_names)
+
+
+def _read_labelled_digits(data_dir: str | Path, checkpoint: dict[str, Any]) -> Split:
+    """The pictures of a labelled folder, each of one digit, as the digit reader brings them to
+    MNIST's form. Raises UserError if none can be read, or one is of another class.
+    """
+    class_names, words = checkpoint["class_names"], words_for(checkpoint)
+    files = list_labelled(data_dir).files
+    for name in sorted({file.class_name for file in files} - set(class_names)):
+        raise UserError(
+            f"{data_dir} has pictures of a class {name!r}, which the model doesn't know: it knows "
+            f"{_listed(class_names)}; rename or remove that folder"
+        )
+    read = partial(read_digits, single=True, things=words.many)
+    readings = read_each([str(Path(data_dir, file.path)) for file in files], read)
+    errors = [str(reading) for reading in readings if isinstance(reading, UserError)]
+    for error in errors[:SHOWN]:
+        print(f"note: {error}; it is left out", file=sys.stderr)
+    if len(errors) > SHOWN:
+        print(f"note: {len(errors) - SHOWN} more are left out", file=sys.stderr)
+    found = [
+        (reading.digits[0].pixels, class_names.index(file.class_name))
+        for file, reading in zip(files, readings, strict=True)
+        if not isinstance(reading, UserError)
+    ]
+    if not found:
+        raise UserError(f"{data_dir} has no picture of a {words.one} that can be read")
+    pixels, labels = zip(*found, strict=True)
+    return Split(torch.from_numpy(np.stack(pixels)).unsqueeze(1), torch.tensor(labels))
+
+
+def _listed(class_names: Sequence[str]) -> str:
+    """Names of classes as a message has them, the first of many."""
+    shown = ", ".join(name if len(name) <= 20 else f"{name[:17]}..." for name in class_names[:10])
+    return shown if len(class_names) <= 10 else f"{shown}, ... ({len(class_names)} in all)"

@@ -1,0 +1,76 @@
+"""The pictures that `--image` names: files, folders of them, one on stdin."""
+
+import io
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from tqdm import tqdm
+
+from common.errors import UserError
+from data.pictures import has_image_name
+
+STDIN = "-"
+MAX_STDIN = 2**28  # bytes; no picture that is small enough to be read takes more
+Read = TypeVar("Read")
+
+
+def list_images(names: list[str]) -> list[str]:
+    """The names, with each folder replaced by the pictures directly in it, sorted by name. Raises
+    UserError if a folder can't be read or holds no picture, or "-" is named twice.
+    """
+    if names.count(STDIN) > 1:
+        raise UserError(f"--image {STDIN} given {names.count(STDIN)} times: stdin is one image")
+    images = []
+    for name in names:
+        if name == STDIN or not Path(name).is_dir():
+            images.append(name)
+            continue
+        inside = images_in(Path(name))
+        if not inside:
+            raise UserError(
+                f"folder {name} has no images in it (folders in it are not searched): "
+                "name one that has, or the files"
+            )
+        images += map(str, inside)
+    return images
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The pictures directly in a folder, by name: those whose names end as those of a format that
+    is read, and which are not hidden. Raises UserError if the folder can't be read.
+    """
+    try:
+        return [
+            path
+            for path in sorted(folder.iterdir())
+            if has_image_name(path.name) and not path.name.startswith(".") and path.is_file()
+        ]
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read: {error.strerror}") from None
+
+
+def read_each(
+    names: Iterable[str], read: Callable[[str | BinaryIO, str], Read]
+) -> list[Read | UserError]:
+    """What `read(source, what)` makes of each picture, or why it could not be read.
+
+    Args:
+        read: of a path or an open file, and of what messages call it.
+    """
+    results = []
+    for name in tqdm(names, desc="reading", unit="image", leave=False, disable=None):
+        try:
+            source, what = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
+            results.append(read(source, f"image {what}"))
+        except UserError as error:
+            results.append(error)
+    return results
+
+
+def _read_stdin() -> io.BytesIO:
+    content = sys.stdin.buffer.read(MAX_STDIN + 1)
+    if len(content) > MAX_STDIN:
+        raise UserError(f"image on stdin is larger than {MAX_STDIN // 2**20} MB: scale it down")
+    return io.BytesIO(content)
