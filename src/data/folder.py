@@ -60,7 +60,6 @@ def load_folder(
 
     A part is in an order drawn by the files' bytes: it has its classes mixed, and neither another
     name nor another file changes it. So when images are added, most stay in the part they were in.
-
     The prepared images are kept in a cache. Raises UserError if the folder can't be read, or its
     images don't suffice: at least two classes, and an image to train, to validate and to test.
 

@@ -159,15 +159,17 @@ def _attention_figure(model: ViT, loader: BatchLoader, class_names: list[str]) -
     _, (images, labels) = next(loader.numbered(0, 1))
     images, labels = images[:DRAWN], labels[:DRAWN]
     with torch.no_grad():
-        predicted = model(images).argmax(dim=1)
+        confidence, predicted = model(images).softmax(dim=1).max(dim=1)
     weights = explain.attention_weights(model, images)
-    shown = predicted.tolist(), labels.tolist()
     names = [figures.label(name) for name in class_names]
+    shown = enumerate(zip(predicted.tolist(), confidence.tolist(), labels.tolist(), strict=True))
+    pixels = loader.split.images[:DRAWN].permute(0, 2, 3, 1).cpu().numpy()  # (n, S, S, C)
+    is_grey = pixels.shape[-1] == 1
     return model_figures.attention(
-        loader.split.images[:DRAWN].float().mean(dim=1).cpu().numpy(),  # in grey
+        pixels[..., 0] if is_grey else pixels,
         explain.patch_map(weights, model).cpu().numpy(),
         explain.patch_map(explain.rollout(weights), model).cpu().numpy(),
-        [f"{names[guess]} (true: {names[label]})" for guess, label in zip(*shown, strict=True)],
-        (predicted == labels).tolist(),
+        [(f"test image {i}", names[guess], p, names[label]) for i, (guess, p, label) in shown],
+        is_grey,
         "Attention in the first test images",
     )
