@@ -107,7 +107,7 @@ def _read_labelled_digits(data_dir: str | Path, checkpoint: dict[str, Any]) -> S
             f"{_listed(class_names)}; rename or remove that folder"
         )
     read = partial(read_digits, single=True, things=words.many)
-    readings = read_each([str(Path(data_dir, file.path)) for file in files], read)
+    readings = list(read_each([str(Path(data_dir, file.path)) for file in files], read))
     errors = [str(reading) for reading in readings if isinstance(reading, UserError)]
     for error in errors[:SHOWN]:
         print(f"note: {error}; it is left out", file=sys.stderr)

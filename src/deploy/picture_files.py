@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -52,21 +52,19 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def read_each(
-    names: Iterable[str], read: Callable[[str | BinaryIO, str], Read]
-) -> list[Read | UserError]:
+    names: Sequence[str], read: Callable[[str | BinaryIO, str], Read]
+) -> Iterator[Read | UserError]:
     """What `read(source, what)` makes of each picture, or why it could not be read.
 
     Args:
         read: of a path or an open file, and of what messages call it.
     """
-    results = []
     for name in tqdm(names, desc="reading", unit="image", leave=False, disable=None):
         try:
             source, what = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
-            results.append(read(source, f"image {what}"))
+            yield read(source, f"image {what}")
         except UserError as error:
-            results.append(error)
-    return results
+            yield error
 
 
 def _read_stdin() -> io.BytesIO:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +22,7 @@ from saving.checkpoint import image_shape
 from vit_model import ViT
 
 BATCH_SIZE = 256
+MAX_SIDE = 1024  # pixels of a prepared picture, as for --img_size: a file's model may want more
 
 
 class Predictions(NamedTuple):
@@ -68,6 +70,10 @@ def check_image_shape(checkpoint: dict[str, Any], path: str | Path, advice: str 
     if shape not in possible:
         given, *expected = ("x".join(map(str, each)) for each in (shape, *possible))
         raise UserError(f"{path} takes images of {given}, expected {' or '.join(expected)}{advice}")
+    if shape[1] > MAX_SIDE:
+        raise UserError(
+            f"{path} takes images of {shape[1]} pixels a side, expected at most {MAX_SIDE}{advice}"
+        )
 
 
 def prepare_picture(
@@ -93,7 +99,7 @@ def answer_files(
     if checkpoint["preparation"] == "digit":
         things = words_for(checkpoint).many
         readings = read_each(names, partial(read_digits, single=single, things=things))
-        return answer_digits(model, checkpoint, names, readings)
+        return answer_digits(model, checkpoint, names, list(readings))
     return answer_pictures(model, checkpoint, names)
 
 
@@ -123,7 +129,7 @@ def answer_digits(
     model: ViT,
     checkpoint: dict[str, Any],
     names: Iterable[str],
-    readings: Iterable[Reading | UserError],
+    readings: list[Reading | UserError],
 ) -> list[dict[str, Any]]:
     """What digits each picture shows, by one call of `predict` for the digits of all.
 
@@ -154,16 +160,18 @@ def answer_pictures(
 ) -> list[dict[str, Any]]:
     """What class each picture is of: `image`, its name, with `error`, or with what `describe`
     gives."""
-    prepared = read_each(names, partial(prepare_picture, checkpoint=checkpoint))
-    images = [image for image in prepared if not isinstance(image, UserError)]
-    pixels = np.array(images, dtype=np.uint8).reshape(-1, *image_shape(checkpoint))
-    predicted = zip(*predict(model, pixels, checkpoint), strict=True)
-    return [
-        _error(name, image)
-        if isinstance(image, UserError)
-        else {"image": name, **describe(*next(predicted), checkpoint)}
-        for name, image in zip(names, prepared, strict=True)
-    ]
+    answers, pictures = [], read_each(names, partial(prepare_picture, checkpoint=checkpoint))
+    while part := list(islice(pictures, BATCH_SIZE)):
+        images = [image for image in part if not isinstance(image, UserError)]
+        pixels = np.array(images, dtype=np.uint8).reshape(-1, *image_shape(checkpoint))
+        predicted = zip(*predict(model, pixels, checkpoint), strict=True)
+        for image in part:
+            name = names[len(answers)]
+            if isinstance(image, UserError):
+                answers.append(_error(name, image))
+            else:  # takes the next row
+                answers.append({"image": name, **describe(*next(predicted), checkpoint)})
+    return answers
 
 
 def _error(name: str, error: UserError) -> dict[str, Any]:

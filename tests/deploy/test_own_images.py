@@ -14,6 +14,7 @@ from conftest import assert_one_error_line
 from PIL import Image
 from shapes import CLASSES, draw_folder, draw_shape
 
+import deploy.predict
 import inference
 from data.decode import decode
 from data.digits import load_digits
@@ -71,7 +72,7 @@ def test_each_picture_is_prepared_as_the_training_images_were(photos, checkpoint
 def test_a_large_photo_is_decoded_as_in_training(tmp_path, monkeypatch, checkpoint):
     monkeypatch.chdir(tmp_path)
     _, about = load_checkpoint(checkpoint)
-    draw_shape("circle", np.random.default_rng(0), (1200, 900)).save("large.jpg")
+    draw_shape("circle", np.random.default_rng(0), (500, 400)).save("large.jpg")
     expected = decode("large.jpg", 32, 3, "crop").pixels
     np.testing.assert_array_equal(prepare_picture("large.jpg", "x", about), expected)
 
@@ -145,6 +146,34 @@ def test_grey_models_take_colour_pictures_and_the_reverse(tmp_path, monkeypatch,
         red, grey = (prepare_picture(f"{name}.png", "x", how) for name in ("red", "grey"))
         assert red.shape == grey.shape == (channels, 16, 16) and (grey == 7).all()
         assert red[:, 0, 0].tolist() == ([76] if channels == 1 else [255, 0, 0])
+
+
+def test_more_pictures_than_a_batch_are_answered_in_order(infer, checkpoint, photos, monkeypatch):
+    monkeypatch.setattr(deploy.predict, "BATCH_SIZE", 4)
+    Path("text.png").write_text("no image")
+    names = [
+        "text.png",
+        *sorted(map(str, (photos / "photos" / "square").glob("1*.png"))),
+        "text.png",
+    ]
+    flags = ("--format", "json", "--image", *names)
+    answers = json.loads(infer("predict", checkpoint, *flags).out)["images"]
+    assert [row["image"] for row in answers] == names
+    assert [("error" in row) for row in answers] == [True, *[False] * (len(names) - 2), True]
+    for name, row in zip(names[1:-1:3], answers[1:-1:3], strict=True):
+        alone = json.loads(infer("predict", checkpoint, "--format", "json", "--image", name).out)
+        assert alone["images"][0]["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
+
+
+def test_a_model_of_enormous_images_is_not_asked(infer, tmp_path):
+    """A picture would be brought to that size, which a small file can ask for."""
+    config = {"img_size": 2400, "patch_size": 600, "depth": 1, "embed_dim": 2, "num_heads": 1}
+    content = {"epoch": 1, "model_state_dict": ViT(**config).state_dict(), "best_acc": 1.0}
+    about = {"model_config": config, "source": "folder", "preparation": "crop"}
+    save_checkpoint("large.pt", {**content, "optimizer_state_dict": {}, **about})
+    Image.new("L", (20, 20)).save("x.png")
+    result = infer("predict", "large.pt", "--image", "x.png")
+    assert_one_error_line(result, "large.pt", "2400 pixels a side", "at most 1024")
 
 
 def test_single_is_for_digits(infer, checkpoint):
