@@ -68,7 +68,8 @@ def parse_args() -> argparse.Namespace:
     form = "of predict on stdout; with json and csv nothing else is printed there"
     add("--format", default="text", choices=list(FORMATS), help=form)
     files = ", ".join(f"{name}: {mode.output}" for name, mode in MODES.items())
-    add("--output", default=argparse.SUPPRESS, help=f"file that is written (default: {files})")
+    files = f"file that is written (default: {files}; SET: the name of the data set)"
+    add("--output", default=argparse.SUPPRESS, help=files)
     add("--seed", type=cli.integer(0), help="for pictures: draws the same images again")
     index = "for attention and report: these test images, counted from 0, not random ones"
     add("--index", nargs="+", type=cli.integer(0), metavar="N", help=index)
