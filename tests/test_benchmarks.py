@@ -75,6 +75,17 @@ def test_a_folder_is_read_in_each_way(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["cross", "disc", "square"]
 
 
+@pytest.mark.slow
+def test_accuracy_is_measured_on_any_set_for_as_long_as_it_asks(bench):
+    flags = "--dataset digits --seeds 1 --device cpu --recipe fast".split()
+    result = bench("accuracy.py", *flags, "--flags=--train_samples 64 --depth 1 --embed_dim 16")
+    assert result.status == 0, result.err
+    assert result.out.startswith("### Accuracy of `fast` on digits, 1 seed\n")
+    assert "\n| 100 | " in result.out and "Reached" not in result.out  # MNIST's marks
+    result = bench("accuracy.py", "--dataset", "folder", "--seeds", 1, "--device", "cpu")
+    assert_one_error_line(result, "--dataset folder", "--data_dir")
+
+
 @needs_mnist
 def test_photos_of_paper_are_counted_by_kind_and_kept_on_demand(bench, trained, tmp_path):
     flags = ["--checkpoint", trained / "checkpoints" / "best_model.pt", "--data_dir", MNIST]

@@ -1,10 +1,11 @@
 """What figures show stands where it belongs, and can be read, of few classes and of a hundred."""
 
+from functools import cache
 from itertools import combinations
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_rgba
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
@@ -17,10 +18,16 @@ LONG = [f"{'wide name of a' if i % 2 else 'WWWWWW'} {i:03}".ljust(20, "m") for i
 assert {len(name) for name in LONG} == {20}
 
 
-def boxes(figure: Figure, texts: list) -> np.ndarray:
-    """Left, bottom, right and top of texts as they are drawn, in pixels, (n, 4)."""
+@cache
+def draw(figure: Figure) -> RendererAgg:
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
+    return renderer
+
+
+def boxes(figure: Figure, texts: list) -> np.ndarray:
+    """Left, bottom, right and top of texts as they are drawn, in pixels, (n, 4)."""
+    renderer = draw(figure)
     return np.array([text.get_window_extent(renderer).extents for text in texts]).reshape(-1, 4)
 
 

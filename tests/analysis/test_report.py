@@ -223,8 +223,9 @@ def test_the_report_of_a_checkpoint_alone(run, tmp_path, mean_checkpoint, drawn)
 
 
 def test_a_report_speaks_of_what_the_model_is_and_was_trained_on(
-    run, photos, mean_checkpoint, drawn
+    run, photos, mean_checkpoint, monkeypatch
 ):
+    monkeypatch.setattr(inference, "PICTURES", {"attention": inference.draw_attention})
     path = photos / "checkpoints" / "best_model.pt"
     flags = ("--mode", "report", "--output", "r.html", "--checkpoint")
     assert run(inference.main, *flags, path, "--data_dir", photos / "photos").status == 0
