@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from common import cli
@@ -304,12 +303,6 @@ def read_all(files: list[bytes], names: list[str]) -> tuple[np.ndarray, np.ndarr
     return digits, refused
 
 
-def with_interval(right: np.ndarray) -> tuple[str, str]:
-    """The share that is right, bool (n,), in percent, and its Wilson interval of 95 %."""
-    low, high = binomtest(int(right.sum()), len(right)).proportion_ci(0.95, method="wilson")
-    return f"{100 * right.mean():.2f} %", f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
 def main() -> None:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--images", default=100, type=cli.integer(1, 300), help="of each kind")
@@ -337,13 +330,13 @@ def main() -> None:
         digits, refused = read_all(files, names)
         read_rightly.append(right(digits, labels) & ~refused)
         themselves.append(right(originals, labels))
-        rows.append([name, *with_interval(read_rightly[-1]), str(int(refused.sum()))])
+        rows.append([name, *report.with_interval(read_rightly[-1]), str(int(refused.sum()))])
         for content, stem, digit in zip(files, names, digits, strict=True) if args.save else ():
             suffix = ".jpg" if KINDS[name].jpeg else ".png"
             (args.save / (stem + suffix)).write_bytes(content)
             Image.fromarray(digit).save(args.save / f"{stem}-read.png")
-    rows.append(["**over all**", *with_interval(np.concatenate(read_rightly)), ""])
-    rows.append(["the digits themselves", *with_interval(np.concatenate(themselves)), ""])
+    rows.append(["**over all**", *report.with_interval(np.concatenate(read_rightly)), ""])
+    rows.append(["the digits themselves", *report.with_interval(np.concatenate(themselves)), ""])
     report.publish(
         f"Photos of paper: {args.images} digits of MNIST's {args.split} split in each kind",
         ["kind of picture", "read rightly", "95 % interval", "refused"],

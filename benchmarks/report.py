@@ -18,10 +18,12 @@ sys.path.insert(0, str(SRC))
 
 import common.startup  # noqa: E402, F401 before PyTorch
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
 
+from analysis.explain import accuracy_interval  # noqa: E402
 from analysis.words import DIGIT, words_for  # noqa: E402
 from common import cli  # noqa: E402
 from common.device import choose_device, describe_threads  # noqa: E402
@@ -113,6 +115,18 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def with_interval(scores: np.ndarray) -> tuple[str, str]:
+    """The mean of scores (n,) in percent and its 95 % interval: Wilson's where each is right or
+    wrong, else that of a normal distribution."""
+    mean = scores.mean()
+    if scores.dtype == bool:
+        low, high = accuracy_interval(int(scores.sum()), len(scores))
+    else:
+        reach = 1.96 * scores.std() / np.sqrt(len(scores))
+        low, high = max(0, mean - reach), min(1, mean + reach)
+    return f"{100 * mean:.2f} %", f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 def publish(

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from analysis import figures
-from analysis.explain import accuracy_interval, outputs
+from analysis.explain import outputs
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
@@ -73,20 +73,8 @@ class Row(NamedTuple):
     examples: np.ndarray | None = None  # some of the images, uint8 (k, 28, 28)
 
     def cells(self) -> list[str]:
-        accuracies = (cell for scores in self.scores for cell in with_interval(scores))
+        accuracies = (cell for scores in self.scores for cell in report.with_interval(scores))
         return [self.name, self.family, self.half, *accuracies]
-
-
-def with_interval(scores: np.ndarray) -> tuple[str, str]:
-    """The mean of scores (n,) in percent and its 95 % interval: Wilson's where each is right or
-    wrong, else that of a normal distribution."""
-    mean = scores.mean()
-    if scores.dtype == bool:
-        low, high = accuracy_interval(int(scores.sum()), len(scores))
-    else:
-        reach = 1.96 * scores.std() / np.sqrt(len(scores))
-        low, high = max(0, mean - reach), min(1, mean + reach)
-    return f"{100 * mean:.2f} %", f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 def mean_row(name: str, rows: Sequence[Row]) -> Row:

@@ -35,7 +35,7 @@ from analysis.words import PICTURE, words_for
 from common.device import choose_device
 from common.errors import UserError
 from common.files import atomic_write, check_writable, write_json
-from data.dataset import Split
+from data.dataset import Split, as_pictures
 from deploy.answers import show
 from deploy.datasets import load_own_set, load_test_images
 from deploy.picture_files import list_images
@@ -103,8 +103,7 @@ def take_sample(
 
 def pixels(split: Split) -> np.ndarray:
     """The images as figures show them: uint8 (n, S, S), or (n, S, S, 3) in colour."""
-    images = split.images.movedim(1, -1).cpu().numpy()
-    return images[..., 0] if images.shape[-1] == 1 else images
+    return as_pictures(split.images.cpu().numpy())
 
 
 # ------------------------------------------------------------------------- the modes that draw

@@ -110,6 +110,11 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1e-3).tolist())
 
 
+def as_pictures(images: np.ndarray) -> np.ndarray:
+    """Images (n, C, S, S) as pictures have them: grey ones (n, S, S), others (n, S, S, C)."""
+    return images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)
+
+
 class DataMissingError(UserError):
     """The data set is neither on this machine nor to be fetched."""
 

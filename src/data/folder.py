@@ -16,7 +16,15 @@ from common.errors import UserError
 from data import cache
 from data.dataset import SPLIT_SEED, Dataset, Split, pixel_statistics
 from data.decode import decode_files
-from data.listing import MAX_NAME, PARTS, Listing, list_images, list_labelled
+from data.listing import (
+    MAX_NAME,
+    PARTS,
+    Listing,
+    list_images,
+    list_labelled,
+    refuse_unknown,
+    some,
+)
 from data.pictures import stored_size
 
 SHARE = 0.1  # of the images, to validate and to test each, where no folder says which
@@ -124,12 +132,7 @@ def load_labelled(
         exclude: `trained_on` of the model: images that are left out.
     """
     listing = list_labelled(data_dir)
-    for name in sorted({file.class_name for file in listing.files}):
-        if name not in class_names:
-            raise UserError(
-                f"{data_dir} has images of a class {name!r}, which the model doesn't know: it "
-                f"knows {_some(class_names, 20)}; rename or remove that folder"
-            )
+    refuse_unknown(listing, class_names)
     how = {"img_size": img_size, "in_chans": in_chans, "resize": resize}
     with cache.Spool(None) as spool:
         answers, _, _ = _decode(listing, spool, **how)
@@ -336,20 +339,12 @@ def _tell_left_out(listing: Listing, answers: list[int | str], arrangement: Arra
 
 def _tell_refused(listing: Listing, answers: list[int | str]) -> None:
     if listing.others:
-        _note(f"left out, as no image of a class: {_some(listing.others, SHOWN)}")
+        _note(f"left out, as no image of a class: {some(listing.others, SHOWN)}")
     pairs = zip(listing.files, answers, strict=True)
     refused = [f"{file.path} {answer}" for file, answer in pairs if isinstance(answer, str)]
     if refused:
-        shown = _some(refused, SHOWN, "\n  ")
+        shown = some(refused, SHOWN, "\n  ")
         _note(f"{len(refused)} of {_images(len(answers))} left out:\n  {shown}")
-
-
-def _some(names: Sequence[str], count: int, between: str = ", ") -> str:
-    """The first names, and how many more there are, without codes that control a terminal."""
-    shown = ["".join(c if c.isprintable() else "?" for c in name) for name in names[:count]]
-    if len(names) > count:
-        shown.append(f"and {len(names) - count} more")
-    return between.join(shown)
 
 
 def _images(count: int) -> str:

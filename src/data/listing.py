@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -120,3 +121,20 @@ def _stat(entry: os.DirEntry) -> os.stat_result | None:
         return entry.stat()
     except OSError:
         return None
+
+
+def refuse_unknown(listing: Listing, class_names: Sequence[str]) -> None:
+    """Raise UserError if images are of a class that a model doesn't know."""
+    for name in sorted({file.class_name for file in listing.files} - set(class_names)):
+        raise UserError(
+            f"{listing.folder} has images of a class {name!r}, which the model doesn't know: it "
+            f"knows {some(class_names, 20)}; rename or remove that folder"
+        )
+
+
+def some(names: Sequence[str], count: int, between: str = ", ") -> str:
+    """The first names, and how many more there are, without codes that control a terminal."""
+    shown = ["".join(c if c.isprintable() else "?" for c in name) for name in names[:count]]
+    if len(names) > count:
+        shown.append(f"and {len(names) - count} more")
+    return between.join(shown)

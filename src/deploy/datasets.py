@@ -14,7 +14,7 @@ from common.errors import UserError
 from data.catalog import NAMED_SETS
 from data.dataset import Dataset, Split
 from data.folder import load_labelled
-from data.listing import list_labelled
+from data.listing import list_labelled, refuse_unknown
 from data.load import load_dataset
 from deploy.digit_image import read_digits
 from deploy.picture_files import read_each
@@ -100,12 +100,9 @@ def _read_labelled_digits(data_dir: str | Path, checkpoint: dict[str, Any]) -> S
     MNIST's form. Raises UserError if none can be read, or one is of another class.
     """
     class_names, words = checkpoint["class_names"], words_for(checkpoint)
-    files = list_labelled(data_dir).files
-    for name in sorted({file.class_name for file in files} - set(class_names)):
-        raise UserError(
-            f"{data_dir} has pictures of a class {name!r}, which the model doesn't know: it knows "
-            f"{_listed(class_names)}; rename or remove that folder"
-        )
+    listing = list_labelled(data_dir)
+    refuse_unknown(listing, class_names)
+    files = listing.files
     read = partial(read_digits, single=True, things=words.many)
     readings = list(read_each([str(Path(data_dir, file.path)) for file in files], read))
     errors = [str(reading) for reading in readings if isinstance(reading, UserError)]

@@ -25,6 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from analysis.explain import attention_weights, patch_map, rollout
 from analysis.words import PICTURE, PREPARED, words_for
 from common.errors import UserError
+from data.dataset import as_pictures
 from deploy.digit_image import read_digits
 from deploy.predict import describe, normalize, predict, prepare_picture
 from saving.checkpoint import image_shape
@@ -145,7 +146,6 @@ def answer_images(
     device = next(model.parameters()).device
     pixels = normalize(torch.from_numpy(images).to(device), checkpoint)
     attention = patch_map(rollout(attention_weights(model, pixels)), model)
-    shown = images[:, 0] if images.shape[1] == 1 else np.moveaxis(images, 1, -1)
     return [
         {
             **describe(probabilities, strange, checkpoint, **about),
@@ -154,7 +154,7 @@ def answer_images(
             "attention": looked.tolist(),
         }
         for image, probabilities, strange, looked, about in zip(
-            shown, *predictions, attention, more, strict=True
+            as_pictures(images), *predictions, attention, more, strict=True
         )
     ]
 

@@ -18,6 +18,7 @@ from analysis import explain, figures, model_figures
 from common.distributed import World
 from common.errors import UserError
 from common.files import cannot_write
+from data.dataset import as_pictures
 from utils import BatchLoader, Metrics
 from vit_model import ViT
 
@@ -163,13 +164,12 @@ def _attention_figure(model: ViT, loader: BatchLoader, class_names: list[str]) -
     weights = explain.attention_weights(model, images)
     names = [figures.label(name) for name in class_names]
     shown = enumerate(zip(predicted.tolist(), confidence.tolist(), labels.tolist(), strict=True))
-    pixels = loader.split.images[:DRAWN].permute(0, 2, 3, 1).cpu().numpy()  # (n, S, S, C)
-    is_grey = pixels.shape[-1] == 1
+    pixels = as_pictures(loader.split.images[:DRAWN].cpu().numpy())
     return model_figures.attention(
-        pixels[..., 0] if is_grey else pixels,
+        pixels,
         explain.patch_map(weights, model).cpu().numpy(),
         explain.patch_map(explain.rollout(weights), model).cpu().numpy(),
         [(f"test image {i}", names[guess], p, names[label]) for i, (guess, p, label) in shown],
-        is_grey,
+        pixels.ndim == 3,  # grey: outlined
         "Attention in the first test images",
     )
