@@ -14,7 +14,7 @@ from common.errors import UserError
 from data.catalog import NAMED_SETS
 from data.dataset import Dataset, Split
 from data.folder import load_labelled
-from data.listing import list_labelled, refuse_unknown
+from data.listing import list_labelled, refuse_unknown, some
 from data.load import load_dataset
 from deploy.digit_image import read_digits
 from deploy.picture_files import read_each
@@ -67,21 +67,21 @@ def load_own_set(
         if data_dir is None:
             raise UserError(
                 f"{path} is of a folder of images: name one with --data_dir, with a folder for "
-                f"each of {_listed(class_names)}"
+                f"each of {some(class_names, 10)}"
             )
         in_chans, img_size, _ = image_shape(checkpoint)
         folder = {"img_size": img_size, "in_chans": in_chans, "resize": checkpoint["preparation"]}
     elif data_dir and source in NAMED_SETS and NAMED_SETS[source].data_dir is None:
         raise UserError(
-            f"--data_dir {data_dir} has no folder of pictures for any of {_listed(class_names)}, "
+            f"--data_dir {data_dir} has no folder of pictures for any of {some(class_names, 10)}, "
             f"and {NAMED_SETS[source].title} need no files: leave it out, or name one that has"
         )
     dataset = load_dataset(source, data_dir, folder)
     found = len(dataset.class_names), list(dataset.class_names)
     if found[0] != len(class_names) or (source == "folder" and found[1] != class_names):
         raise UserError(
-            f"{path} tells {_listed(class_names)} apart, but {data_dir or dataset.name} has "
-            f"{_listed(found[1])}"
+            f"{path} tells {some(class_names, 10)} apart, but {data_dir or dataset.name} has "
+            f"{some(found[1], 10)}"
         )
     return dataset
 
@@ -119,9 +119,3 @@ def _read_labelled_digits(data_dir: str | Path, checkpoint: dict[str, Any]) -> S
         raise UserError(f"{data_dir} has no picture of a {words.one} that can be read")
     pixels, labels = zip(*found, strict=True)
     return Split(torch.from_numpy(np.stack(pixels)).unsqueeze(1), torch.tensor(labels))
-
-
-def _listed(class_names: Sequence[str]) -> str:
-    """Names of classes as a message has them, the first of many."""
-    shown = ", ".join(name if len(name) <= 20 else f"{name[:17]}..." for name in class_names[:10])
-    return shown if len(class_names) <= 10 else f"{shown}, ... ({len(class_names)} in all)"

@@ -43,7 +43,11 @@ def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
 IDENTITY = ("recipe", "dataset", "seed", "train_samples", "settings")
 
 
-def fingerprint(run: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that the files of one run share, and those of its repetitions."""
+def fingerprint(run: Mapping[str, Any], images: bytes = b"") -> str:
+    """12 hexadecimal digits that the files of one run share, and those of its repetitions.
+
+    Args:
+        images: what tells its images from others under the same name: a folder's `trained_on`.
+    """
     text = json.dumps([run[name] for name in IDENTITY], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(text.encode() + images).hexdigest()[:12]

@@ -73,7 +73,9 @@ class RunFiles:
         options, saved, optimizer = self.options, self.saved, self.optimizer
         self.paths = RunPaths(options, self.device)
         self.run = to_stored(options, self.settings, self.dataset.source)
-        self.run["fingerprint"] = saved.fingerprint if saved else fingerprint(self.run)
+        marks = self.dataset.trained_on
+        images = b"" if marks is None else marks.numpy().tobytes()
+        self.run["fingerprint"] = saved.fingerprint if saved else fingerprint(self.run, images)
         self.best: dict[str, Any] = {"epoch": 0, "acc": -1.0}
         is_here = saved and saved.path.resolve().parent == options.save_dir.resolve()
         self.nothing_saved = not is_here
