@@ -114,7 +114,9 @@ class Settings:
     )
     pos_embed: str = model_flag("learned", "position embeddings", choices=("learned", "sincos2d"))
     patch_drop: float = model_flag(
-        0.0, "share of the patches left out in training, for speed", number(0, 1)
+        0.0,
+        "share of the patches left out in the first two thirds of training, for speed",
+        number(0, 1),
     )
 
     rotate: float = augmentation_flag(7.0, "degrees, at most, to either side", number(0, 181))

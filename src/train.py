@@ -121,6 +121,8 @@ def train(
     with run:  # Ctrl-C saves and ends the script; a step that is not finite ends it unsaved
         for epoch in run.epochs():
             model.train()
+            # The last third of the epochs sees whole images, as the test does.
+            model.patch_drop = settings.patch_drop if 3 * epoch <= 2 * settings.epochs else 0.0
             for batch in map(mix, run.batches(train_loader)):
                 loss, hits = compute_gradients(batch)  # zero_grad, forward, backward
                 grad_norm = clip_gradients(optimizer, settings.grad_clip)

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import time
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from saving.run_state import read_run_state
 from settings import FLAGS
 from training import speed
 from utils import evaluate, make_loaders
+from vit_model import ViT
 
 BEST, LAST = Path("checkpoints/best_model.pt"), Path("checkpoints/last.pt")
 NO_CUDA = not torch.cuda.is_available()
@@ -230,6 +232,19 @@ def test_optimizers_and_schedules_train_from_the_command_line(complete, flags):
     assert read(BEST)["settings"] == settings
 
 
+def test_patches_are_left_out_in_the_first_two_thirds_of_the_epochs(complete, monkeypatch):
+    tokens = []  # per step
+
+    def embed(model, x):
+        tokens.append(original(model, x).shape[1])
+        return original(model, x)
+
+    original = ViT.embed
+    monkeypatch.setattr(ViT, "embed", embed)
+    complete(*TINY, "--epochs", 4, "--patch_drop", 0.5, "--pool", "mean", "--patch_size", 7)
+    assert [n for n, _ in groupby(tokens)] == [8, 16, 8, 16]
+
+
 def test_the_schedule_moves_with_every_step(complete):
     """A run's rates are those of PyTorch's own OneCycleLR, called once a step."""
     flags = ["--epochs", 3, "--batch_size", 20, "--scheduler", "onecycle", "--lr", 0.01]
@@ -407,6 +422,7 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--class_weights on", "--class_weights 'on' none auto"),
         ("--embed_dim 96 --num_heads 5", "--embed_dim 96 not divisible --num_heads 5"),
         ("--patch_size 5", "--patch_size 5 28"),
+        ("--patch_drop 0.5 --epochs 1", "--patch_drop 0.5 has no effect more epochs"),
         ("--device foo", "--device foo expected cpu cuda"),
         ("--device cuda:x", "--device cuda:x"),
         ("--device cpu:", "--device cpu: expected"),

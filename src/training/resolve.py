@@ -77,6 +77,11 @@ def resolve(
             f"--mlp_ratio {s.mlp_ratio} is too small for --embed_dim {s.embed_dim}: an MLP would "
             "have no neuron; raise one of them"
         )
+    if given.get("patch_drop") and s.epochs == 1:
+        raise UserError(
+            f"--patch_drop {s.patch_drop} has no effect: the last third of the epochs sees whole "
+            "images, so the only one does; give more epochs, or leave it out"
+        )
     if s.pos_embed == "sincos2d" and s.embed_dim % 4 != 0:
         raise UserError(
             f"--embed_dim {s.embed_dim} is not divisible by 4, as --pos_embed sincos2d wants it: "
