@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # Small colour photos, such as CIFAR-10's.
     "cifar": {
-        "epochs": 20,
+        "epochs": 30,
         "batch_size": 128,
         "optimizer": "Muon(lr=0.02, weight_decay=0.1)",
         "lr": 2e-3,
@@ -64,6 +64,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "pool": "mean",
         "pos_embed": "sincos2d",
+        "patch_drop": 0.5,
         **PHOTOS,
     },
 }
