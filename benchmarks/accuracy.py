@@ -5,7 +5,9 @@ once, at its end. With several `--epochs` the table tells after which budget a m
 reached; the schedule always ends with the budget, and no run is stopped by looking at the test set.
 The first of the two times is that of the epochs, from compiling and the first training step to the
 last validation, without what is written between them; the second is the process's from start to
-end, importing, loading, testing and drawing included.
+end, importing, loading, testing and drawing included. What holds on any machine are the FLOPs of
+training, see `report.training_flops`; beside them stands their rate in the first time, as a share
+of the machine's peak, which is measured before each run.
 
     python benchmarks/accuracy.py --recipe best --dataset folder --data_dir photos --seeds 5
 """
@@ -15,7 +17,10 @@ import report  # finds src
 import shlex
 import statistics
 import time
+from argparse import Namespace
+from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from common import cli
@@ -27,8 +32,23 @@ from training.resolve import resolve
 TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of MNIST's test set
 
 
-def train(seed: int, epochs: int, args, more: list[str]) -> tuple[float, float, float, float]:
-    """Test and validation accuracy (%), seconds from the first step and of the process."""
+class Measured(NamedTuple):
+    """What a run tells: accuracies in percent, seconds from the first step and of the process."""
+
+    test: float
+    val: float
+    seconds: float
+    whole: float
+    flops: float
+    of_peak: float
+
+
+def train(seed: int, epochs: int, args: Namespace, more: list[str]) -> Measured:
+    device = choose_device(args.device)
+    peaks = {
+        "fp32": report.matmul_peak(torch.float32, device),
+        "bf16": report.matmul_peak(torch.bfloat16, device),
+    }
     start = time.perf_counter()
     data_dir = ("--data_dir", args.data_dir) if args.data_dir else ()
     history = report.train(
@@ -37,7 +57,10 @@ def train(seed: int, epochs: int, args, more: list[str]) -> tuple[float, float, 
     )
     whole = time.perf_counter() - start
     seconds = sum(row["seconds"] for row in history["epochs"])
-    return history["test"]["top1"], history["test"]["best_val_acc"], seconds, whole
+    flops = report.training_flops(history)
+    of_peak = flops / seconds / peaks[history["precision"]]
+    test, val = (history["test"][name] for name in ("top1", "best_val_acc"))
+    return Measured(test, val, seconds, whole, flops, of_peak)
 
 
 def main() -> None:
@@ -62,26 +85,29 @@ def main() -> None:
     for epochs in sorted(args.epochs or [resolve(args.recipe, args.dataset, {}).epochs]):
         seeds = tqdm(range(args.seeds), desc=f"{epochs} epochs", leave=False, disable=None)
         runs = [train(seed, epochs, args, shlex.split(args.flags)) for seed in seeds]
-        test, val, seconds, whole = zip(*runs, strict=True)
+        test = [run.test for run in runs]
         spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
-        mean_test = statistics.mean(test)
+        mean = Measured(*map(statistics.mean, zip(*runs, strict=True)))
         rows.append(
             [
                 str(epochs),
-                f"{mean_test:.2f}{spread} %",
+                f"{mean.test:.2f}{spread} %",
                 f"{min(test):.2f} %",
-                f"{statistics.mean(val):.2f} %",
-                f"{statistics.mean(seconds):.1f} s",
-                f"{statistics.mean(whole):.1f} s",
+                f"{mean.val:.2f} %",
+                f"{mean.seconds:.1f} s",
+                f"{mean.whole:.1f} s",
+                f"{mean.flops / 1e12:.1f}",
+                f"{100 * mean.of_peak:.0f} %",
             ]
         )
         for target in TARGETS:
-            if mean_test >= target:
+            if mean.test >= target:
                 reached.setdefault(target, f"{target} % after {rows[-1][4]}")
     what = f"`{args.recipe}`" if is_mnist else f"`{args.recipe}` on {args.dataset}"
+    accuracies = ["test, mean", "test, min", "validation, mean"]
     report.publish(
         f"Accuracy of {what}, {args.seeds} seed{'s' * (args.seeds > 1)}",
-        ["epochs", "test, mean", "test, min", "validation, mean", "from first step", "process"],
+        ["epochs", *accuracies, "from first step", "process", "TFLOP", "of the peak"],
         rows,
         device=device,
         record=args.record,

@@ -22,6 +22,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.optim import Optimizer  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from analysis.explain import accuracy_interval  # noqa: E402
 from analysis.words import DIGIT, words_for  # noqa: E402
@@ -92,6 +93,43 @@ def train(*flags: object) -> dict[str, Any]:
         return json.loads(Path(folder, "history.json").read_text())
 
 
+def training_flops(history: dict[str, Any]) -> float:
+    """FLOPs of the matrix products and convolutions of a run that `train` returned.
+
+    PyTorch counts those of a forward pass. They are taken three times, for the backward pass has
+    two products for each one forward. The network of the averaged weights is not counted, as it is
+    only evaluated.
+    """
+    model = ViT(**history["model_config"]).to("meta").train()
+    side = model.patch_embed.img_size
+    image = torch.empty(1, history["model_config"]["in_chans"], side, side, device="meta")
+    epochs, flops = history["settings"]["epochs"], 0
+    dropping = 2 * epochs // 3  # the epochs that leave patches out, see train.py
+    for share, passes in ((model.patch_drop, dropping), (0.0, epochs - dropping)):
+        model.patch_drop = share
+        with FlopCounterMode(display=False) as counter:
+            model(image)
+        flops += 3 * counter.get_total_flops() * passes * history["train_images"]
+    return flops
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs per second of the best of 20 products of square matrices, after three for warm-up."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min([seconds(lambda: a @ b, device) for _ in range(23)][3:])
+
+
+def commit() -> str:
+    """The commit that is measured; "+" follows where files differ from it."""
+    told = ["git", "-C", str(SRC), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(told, capture_output=True, text=True)
+    except OSError:  # no git
+        return "no commit"
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no commit"
+
+
 def train_epoch(
     network: Callable[[Tensor], Tensor],
     loader: BatchLoader,
@@ -154,7 +192,7 @@ def publish(
         "",
         f"`{command}`",
         "",
-        f"{date.today()}; {machine}; Python {platform.python_version()}, PyTorch "
+        f"{date.today()}; {commit()}; {machine}; Python {platform.python_version()}, PyTorch "
         f"{torch.__version__}",
         "",
         "| " + " | ".join(header) + " |",

@@ -8,7 +8,6 @@ for each one forward; elementwise work counts as nothing.
 import report  # finds src
 
 import statistics
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -23,18 +22,6 @@ from train import forward_backward
 from training.speed import compile_network, keep_freed_memory
 from utils import Batch
 from vit_model import ViT
-
-
-def times(run: Callable[[], object], device: torch.device, turns: int) -> list[float]:
-    """Seconds that `run` takes, `turns` times, after three for warm-up."""
-    return [report.seconds(run, device) for _ in range(turns + 3)][3:]
-
-
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs per second of the best of 20 products of square matrices."""
-    side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min(times(lambda: a @ b, device, 20))
 
 
 def main() -> None:
@@ -54,8 +41,8 @@ def main() -> None:
     batch = Batch(images, labels, labels, len(images))
     criterion = nn.CrossEntropyLoss()
     peaks = {
-        "fp32": matmul_peak(torch.float32, device),
-        "bf16": matmul_peak(torch.bfloat16, device),
+        "fp32": report.matmul_peak(torch.float32, device),
+        "bf16": report.matmul_peak(torch.bfloat16, device),
     }
     rows = []
     for precision, peak in peaks.items():
@@ -73,7 +60,8 @@ def main() -> None:
             optimizer.step()
 
         flops = 3 * counter.get_total_flops()
-        time_of_step = statistics.median(times(step, device, args.turns))
+        turns = [report.seconds(step, device) for _ in range(args.turns + 3)]
+        time_of_step = statistics.median(turns[3:])  # after three for warm-up
         rows.append(
             [
                 precision,

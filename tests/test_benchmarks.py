@@ -21,6 +21,8 @@ from saving.checkpoint import save_checkpoint
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+from report import training_flops  # noqa: E402
+
 from corruptions import KINDS, corrupt  # noqa: E402
 from robustness import MNIST_C, load_readers  # noqa: E402
 
@@ -58,7 +60,7 @@ def test_a_benchmark_prints_its_table(script):
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     title, command, machine, header, line, *rows = [each for each in printed.splitlines() if each]
     assert title.startswith("### ") and command.startswith(f"`python benchmarks/{script} ")
-    assert re.search(r"\d{4}-\d\d-\d\d; .*, \d+ threads?; Python .*, PyTorch ", machine)
+    assert re.search(r"\d{4}-\d\d-\d\d; .*commit.*, \d+ threads?; Python .*, PyTorch ", machine)
     cells = header.count("|")
     assert set(line) == {"|", "-"} and line.count("|") == cells
     table = [row for row in rows if row.startswith("|")]
@@ -84,6 +86,17 @@ def test_accuracy_is_measured_on_any_set_for_as_long_as_it_asks(bench):
     assert "\n| 100 | " in result.out and "Reached" not in result.out  # MNIST's marks
     result = bench("accuracy.py", "--dataset", "folder", "--seeds", 1, "--device", "cpu")
     assert_one_error_line(result, "--dataset folder", "--data_dir")
+
+
+def test_training_is_counted_in_flops():
+    def forward(tokens, depth=3, dim=8):
+        products = 4 * dim * dim + 2 * tokens * dim + 8 * dim * dim  # of a token, in a block
+        return 2 * (16 * 49 * dim + depth * tokens * products + 10 * dim)
+
+    sizes = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 8, "num_heads": 2}
+    told = {"model_config": {**sizes, "depth": 3, "pool": "mean", "patch_drop": 0.5}}
+    told |= {"settings": {"epochs": 4}, "train_images": 100}
+    assert training_flops(told) == 3 * 100 * (2 * forward(8) + 2 * forward(16))
 
 
 @needs_mnist

@@ -104,6 +104,8 @@ class RunFiles:
             "processes": self.world.size,
             "precision": self.precision,
             "parameters": count_parameters(self.model),
+            "model_config": self.model_config,
+            "train_images": len(self.dataset.train[: options.train_samples].labels),
             "epochs": [],
             "test": None,
         }
