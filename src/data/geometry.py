@@ -78,8 +78,10 @@ def smooth(noise: Tensor, sigma: float) -> Tensor:
     return weights @ noise @ weights.T
 
 
-def erase(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
-    """Set a rectangle to 0 in a share of `probability` of the images.
+def erase(
+    images: Tensor, uniform: Tensor, probability: float, fill: Tensor | float = 0.0
+) -> Tensor:
+    """Fill a rectangle in a share of `probability` of the images.
 
     Its area is 2 to 20 % of the image, its height over its width 0.3 to 1 / 0.3, in log scale, as
     far as that fits into the image, and it lies anywhere in it.
@@ -87,6 +89,7 @@ def erase(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
     Args:
         images: (B, C, S, S).
         uniform: (B, 5), random in [0, 1): whether, area, ratio, position in y and x.
+        fill: the value that it gets, or one for each image and channel, (B, C, 1, 1).
     """
     side = images.shape[-1]
     whether, area, ratio, y, x = uniform.unbind(dim=1)
@@ -102,4 +105,4 @@ def erase(images: Tensor, uniform: Tensor, probability: float) -> Tensor:
 
     hit = inside(top, height).unsqueeze(2) & inside(left, width).unsqueeze(1)  # (B, S, S)
     hit &= (whether < probability).view(-1, 1, 1)
-    return images.masked_fill(hit.unsqueeze(1), 0.0)
+    return torch.where(hit.unsqueeze(1), fill, images)
