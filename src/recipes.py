@@ -69,5 +69,24 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# `best` for images that differ a little: in light, stroke and place, by noise and foreign strokes.
+RECIPES["robust"] = RECIPES["best"] | {
+    "rotate": 20.0,
+    "translate": 0.15,
+    "scale": 0.25,
+    "shear": 12.0,
+    "elastic": 0.8,
+    "stroke": 0.25,
+    "marks": 0.25,
+    "background": 0.35,
+    "light": 0.4,
+    "invert": 0.25,
+    "rand_conv": 0.15,
+    "blur": 0.3,
+    "noise": 0.35,
+    "keep_clean": 0.2,
+    "augmix": 0.15,
+}
+
 # What replaces a recipe's setting where a data set asks for it.
 DATASET_SETTINGS = {name: row.settings for name, row in NAMED_SETS.items()} | {"folder": {}}

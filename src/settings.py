@@ -48,6 +48,7 @@ data_flag, recipe_flag = partial(flag, "data"), partial(flag, "recipe")
 folder_flag, model_flag = partial(flag, "folder"), partial(flag, "model")
 optimization_flag = partial(flag, "optimization")
 augmentation_flag = partial(flag, "augmentation", off=0.0)
+share_flag = partial(augmentation_flag, 0.0, type=number(0, 1))
 mixing_flag = partial(flag, "mixing", off=0.0)
 finetuning_flag = partial(flag, "fine-tuning")
 machine_flag = partial(flag, "machine", changes=True)
@@ -148,6 +149,16 @@ class Settings:
     rand_augment: int = augmentation_flag(
         0, "so many changes to each image, drawn from fourteen (RandAugment)", integer(0, 14), off=0
     )
+    stroke: float = share_flag("share of images with thicker or thinner strokes, or outlines")
+    marks: float = share_flag("share of images under foreign strokes or a rectangle of any shade")
+    background: float = share_flag("share of images with uneven light behind them")
+    light: float = share_flag("share of images with less contrast, other brightness and gamma")
+    invert: float = share_flag("share of images inverted, all of it or a stripe")
+    rand_conv: float = share_flag("share of images with a random convolution mixed in (RandConv)")
+    blur: float = share_flag("share of images blurred or sharpened")
+    noise: float = share_flag("share of images with normal noise, shot noise or impulses")
+    keep_clean: float = share_flag("share of images left alone by the eight above")
+    augmix: float = share_flag("share of the others mixed from several changed ones (AugMix)")
 
     mixup: float = mixing_flag(
         0.0, "alpha of Beta(alpha, alpha), which draws the share of a second image", number(0)
@@ -228,8 +239,8 @@ class Options:
     recipe: str = recipe_flag(
         "article",
         "a set of flags, from recipes.py: article, as published; fast, the least time to 99 %%; "
-        "best, the highest accuracy in 20 minutes; cifar, for small colour photos; flags given "
-        "beside it win",
+        "best, the highest accuracy in 20 minutes; robust, best for images that differ a little; "
+        "cifar, for small colour photos; flags given beside it win",
         choices=tuple(RECIPES),
     )
     seed: int = recipe_flag(42, "of weights, order, augmentation, dropout", integer(0))

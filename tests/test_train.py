@@ -379,7 +379,7 @@ def test_help_groups_the_flags_and_gives_every_default(run):
     sections = re.split(r"\n(?=\w[^\n]*:\n)", run(train.main, "--help").out)
     for heading, names in (
         ("recipe", "label_smoothing class_weights"),
-        ("augmentation", "rotate erase hflip random_crop color_jitter rand_augment"),
+        ("augmentation", "rotate erase hflip random_crop rand_augment marks augmix"),
         ("mixing", "mixup cutmix"),
     ):
         section = next(text for text in sections if text.startswith(heading))
@@ -417,6 +417,9 @@ def test_help_groups_the_flags_and_gives_every_default(run):
         ("--random_crop 28", "--random_crop 28 side of 28 at most 27"),
         ("--color_jitter 1", "--color_jitter '1' below 1"),
         ("--rand_augment -1", "--rand_augment '-1' at least 0"),
+        ("--marks 1", "--marks '1' below 1"),
+        ("--keep_clean 0.2", "--keep_clean 0.2 no effect --stroke --noise are all off"),
+        ("--augmix 0.2", "--augmix 0.2 no effect --stroke --noise are all off"),
         ("--mixup -1", "--mixup '-1' at least 0"),
         ("--cutmix inf", "--cutmix 'inf' number of at least 0"),
         ("--class_weights on", "--class_weights 'on' none auto"),

@@ -1,7 +1,7 @@
 """Random changes to training images, for a whole batch at once on the device it lies on.
 
 Here the amounts are drawn; what they do to the images is in geometry.py, colour.py and
-rand_augment.py.
+rand_augment.py. Changes of light and stroke, of which an image meets few, are drawn in disturb.py.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.colour import color_jitter
+from data.disturb import FAMILIES, disturb
 from data.geometry import erase, hflip, random_crop, resample, smooth
 from data.rand_augment import CHANGES, rand_augment
 
@@ -22,10 +23,10 @@ class Augment:
     """Change each image by its own random amounts.
 
     In this order: it is mirrored and cropped; turned, moved, scaled, sheared and bent, all of that
-    by one bilinear resampling, where 0 comes in from outside; its colours vary; RandAugment; a
-    rectangle is erased. A strength of 0 leaves its change out, which then draws nothing, so that a
-    seed gives the same batches as before there was this change. The defaults are the published
-    recipe's.
+    by one bilinear resampling, where 0 comes in from outside; its colours vary; RandAugment; light
+    and strokes change; a rectangle is erased. A strength of 0 leaves its change out, which then
+    draws nothing, so that a seed gives the same batches as before there was this change. The
+    defaults are the published recipe's.
 
     Args:
         rotate: rotation is uniform in [-rotate, rotate] degrees.
@@ -44,6 +45,11 @@ class Augment:
         color_jitter: the factors of brightness, contrast and saturation, applied in this order, are
             each uniform in [1 - color_jitter, 1 + color_jitter]; below 1.
         rand_augment: so many changes to each image, drawn from those of rand_augment.py.
+        stroke, marks, background, light, invert, rand_conv, blur, noise: the probability that an
+            image meets one of this family's changes, of a strength that is drawn; see disturb.py.
+        keep_clean: the share of images that meets none of these eight.
+        augmix: the share of the others that are mixtures of versions, which meet them each on its
+            own.
     """
 
     rotate: float = 7.0
@@ -56,6 +62,16 @@ class Augment:
     random_crop: int = 0
     color_jitter: float = 0.0
     rand_augment: int = 0
+    stroke: float = 0.0
+    marks: float = 0.0
+    background: float = 0.0
+    light: float = 0.0
+    invert: float = 0.0
+    rand_conv: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    keep_clean: float = 0.0
+    augmix: float = 0.0
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shape: float (B, C, S, S) in [0, 1] -> the same. The generator is on their device."""
@@ -91,4 +107,7 @@ class Augment:
         if self.rand_augment:
             which = below(len(CHANGES), self.rand_augment)
             images = rand_augment(images, which, symmetric(self.rand_augment))
+        shares = {name: share for name in FAMILIES if (share := getattr(self, name))}
+        if shares:
+            images = disturb(images, shares, generator, self.keep_clean, self.augmix)
         return erase(images, uniform(5), self.erase) if self.erase else images

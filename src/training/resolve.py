@@ -14,6 +14,8 @@ from settings import Options, Settings
 
 # Sizes of the network that a trained model to start from fixes; its patches can be resampled.
 FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
+# The families of data/disturb.py, which --keep_clean and --augmix are about.
+DISTURBANCES = ("stroke", "marks", "background", "light", "invert", "rand_conv", "blur", "noise")
 
 
 def check_data_flags(dataset: str, given: Mapping[str, Any]) -> None:
@@ -66,6 +68,13 @@ def resolve(
         img_size = NAMED_SETS[dataset].img_size
         if not NAMED_SETS[dataset].mirrors:
             s = _never_mirrored(s, dataset, given)
+    if not any(getattr(s, name) for name in DISTURBANCES):
+        for name in ("keep_clean", "augmix"):
+            if given.get(name):
+                raise UserError(
+                    f"--{name} {given[name]} has no effect: --{', --'.join(DISTURBANCES)} are all "
+                    "off; leave it out, or give one of them"
+                )
     if trained:
         s = replace(s, **_sizes_of_trained(trained, given, img_size))
     if s.freeze == "backbone":

@@ -9,12 +9,14 @@ from sklearn.datasets import load_sample_image
 import data.augment
 from data.augment import ELASTIC_SIGMA, Augment
 from data.digits import load_digits
+from data.disturb import FAMILIES, disturb
 from data.geometry import erase, resample, smooth
 from data.rand_augment import CHANGES
 
 OFF = {"rotate": 0.0, "translate": 0.0}
 STRENGTHS = {"rotate": 15.0, "translate": 0.2, "scale": 0.2, "shear": 15.0, "elastic": 1.0}
 STRENGTHS |= {"erase": 0.2, "hflip": 0.5, "random_crop": 4, "color_jitter": 0.4, "rand_augment": 2}
+STRENGTHS |= dict.fromkeys(FAMILIES, 0.5)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -48,7 +50,7 @@ def test_each_strength_changes_images_on_its_own_and_0_leaves_them(images, name)
 
 def test_what_is_off_draws_nothing(images):
     """A seed gives the batches that it gave before there were mirrors, crops and colours."""
-    for name in (None, "hflip", "random_crop", "color_jitter", "rand_augment"):
+    for name in (None, "hflip", "random_crop", "color_jitter", "rand_augment", *FAMILIES):
         generator = seeded(3)
         Augment(**OFF | ({name: STRENGTHS[name]} if name else {}))(images, generator)
         plain = seeded(3)
@@ -72,6 +74,14 @@ def test_what_is_off_draws_nothing(images):
     )
     expected = erase(expected, torch.rand(64, 5, generator=generator), 0.2)
     assert torch.equal(Augment(**old, erase=0.2)(images, seeded(4)), expected)
+
+
+def test_light_and_strokes_change_by_the_shares_that_are_given(images):
+    generator = seeded(4)
+    torch.rand(64, 3, generator=generator)
+    expected = disturb(images, {"stroke": 0.3, "noise": 0.4}, generator, 0.2, 0.3)
+    augment = Augment(**OFF, stroke=0.3, noise=0.4, keep_clean=0.2, augmix=0.3)
+    assert torch.equal(augment(images, seeded(4)), expected)
 
 
 def test_augment_turns_and_moves_within_its_limits_and_never_flips():

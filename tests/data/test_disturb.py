@@ -10,6 +10,7 @@ from torch import Tensor
 import data.disturb
 from data.digits import load_digits
 from data.disturb import CHAINS, FAMILIES, Draw, disturb
+from training.resolve import DISTURBANCES
 
 KINDS = {name: change for kinds in FAMILIES.values() for name, change in kinds.items()}
 SHARES = dict.fromkeys(FAMILIES, 0.5)
@@ -27,6 +28,10 @@ def images(request) -> Tensor:
     photo = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
     pieces = photo.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4).flatten(0, 1)
     return pieces[:60].float() / 255
+
+
+def test_each_family_has_a_flag():
+    assert tuple(FAMILIES) == DISTURBANCES
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -63,6 +63,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         "--optimizer LBFGS(lr=0.1,max_iter=3) --precision fp32 --scheduler plateau",
         "--recipe fast --warmup_epochs 1 --num_workers 2 --elastic 1 --pool mean",
         "--mixup 0.4 --cutmix 1 --class_weights auto --random_crop 2 --rand_augment 2",
+        "--marks 0.3 --noise 0.5 --rand_conv 0.4 --keep_clean 0.1 --augmix 0.4 --num_workers 2",
     ],
 )
 def test_a_run_that_is_stopped_thrice_goes_on_bit_for_bit(run, complete, folder, at_step, flags):
