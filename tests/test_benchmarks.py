@@ -14,7 +14,9 @@ from conftest import MNIST, ROOT, assert_one_error_line, needs_mnist, read
 from picture_folders import draw_shapes
 from PIL import Image
 
+from data.augment import Augment
 from data.digits import load_digits
+from data.disturb import FAMILIES
 from data.load import load_dataset
 from saving.checkpoint import save_checkpoint
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from report import training_flops  # noqa: E402
 
+import disturbances  # noqa: E402
 from corruptions import KINDS, corrupt  # noqa: E402
 from robustness import MNIST_C, load_readers  # noqa: E402
 
@@ -31,6 +34,7 @@ NEVER_THE_SAME = "dark on light, motion, thin, thick, JPEG, dithered, posterised
 SCRIPTS = sorted(p.name for p in BENCHMARKS.glob("*.py") if "def main(" in p.read_text("utf-8"))
 SHORT = {
     "roofline.py": "--recipe fast --turns 1",
+    "disturbances.py": f"--turns 1 --data_dir {MNIST}",
     "throughput.py": f"--steps 1 --turns 1 --batch_size 8 --data_dir {MNIST}",
     "scaling.py": f"--processes 2 --steps 1 --data_dir {MNIST}",
     "optimizers.py": f"--only sgd --train_samples 200 --data_dir {MNIST}",
@@ -113,6 +117,24 @@ def test_photos_of_paper_are_counted_by_kind_and_kept_on_demand(bench, trained, 
     first = {p.name: p.read_bytes() for p in photos}
     assert bench("paper.py", *flags).out == result.out
     assert {p.name: p.read_bytes() for p in photos} == first
+
+
+def test_every_change_of_light_and_stroke_is_in_the_picture(bench, tmp_path):
+    digits = load_digits().test.images[:3].float() / 255
+    augment = Augment(noise=0.5, blur=0.5)
+    rows = disturbances.examples(digits, augment, torch.Generator().manual_seed(0))
+    kinds = [f"{family}: {kind}" for family, kinds in FAMILIES.items() for kind in kinds]
+    together = ["the recipe's shares", "the same again", "mixed (AugMix)"]
+    (axes,) = disturbances.draw_picture(rows).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "unchanged",
+        *kinds,
+        *together,
+    ]
+    (drawn,) = axes.images
+    assert drawn.get_array().shape == (30 * len(rows), 90)
+    result = bench("disturbances.py", "--recipe", "best", "--picture", tmp_path / "kinds.png")
+    assert_one_error_line(result, "--recipe best", "neither light nor stroke")
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -73,6 +73,11 @@ class Augment:
     keep_clean: float = 0.0
     augmix: float = 0.0
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the families of disturb.py, those that are on."""
+        return {name: share for name in FAMILIES if (share := getattr(self, name))}
+
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shape: float (B, C, S, S) in [0, 1] -> the same. The generator is on their device."""
         on_device = {"device": images.device, "generator": generator}
@@ -107,7 +112,6 @@ class Augment:
         if self.rand_augment:
             which = below(len(CHANGES), self.rand_augment)
             images = rand_augment(images, which, symmetric(self.rand_augment))
-        shares = {name: share for name in FAMILIES if (share := getattr(self, name))}
-        if shares:
-            images = disturb(images, shares, generator, self.keep_clean, self.augmix)
+        if self.shares:
+            images = disturb(images, self.shares, generator, self.keep_clean, self.augmix)
         return erase(images, uniform(5), self.erase) if self.erase else images

@@ -136,13 +136,13 @@ FAMILIES: dict[str, dict[str, Callable[[Tensor, Draw], Tensor]]] = {
         "outline": lambda images, draw: outline(images, draw(0.3, 1), draw()),
     },
     "marks": {"scribble": scribble, "cover": cover},
-    "background": {"slope": lit(2), "clouds": lit(3), "blotches": lit(6)},
+    "background": {"slope": lit(2), "clouds": lit(3), "small clouds": lit(6)},
     "light": {"dim": dim},
     "invert": {
         "inverted": lambda images, draw: invert(images, per_image(draw(0.8, 1))),
         "part": invert_part,
     },
-    "rand_conv": {"random convolution": random_conv},
+    "rand_conv": {"mixed in": random_conv},
     "blur": {
         "blurred": blur,
         "sharpened": lambda images, draw: sharpness(images, draw(1.5, 6)),
