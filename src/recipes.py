@@ -71,13 +71,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # `best` for images that differ a little: in light, stroke and place, by noise and foreign strokes.
 RECIPES["robust"] = RECIPES["best"] | {
-    "rotate": 20.0,
+    "rotate": 30.0,
     "translate": 0.15,
-    "scale": 0.25,
+    "scale": 0.4,
     "shear": 12.0,
     "elastic": 0.8,
     "stroke": 0.25,
-    "marks": 0.25,
+    "marks": 0.4,
     "background": 0.35,
     "light": 0.4,
     "invert": 0.25,
