@@ -5,7 +5,10 @@ stores all come from it. Nothing here needs PyTorch, so that flags are read befo
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import difflib
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +16,8 @@ from typing import Any
 
 from common import cli
 from common.cli import integer, number, printable
+from common.errors import UserError
+from common.files import read_bytes
 from data.catalog import NAMED_SETS, PREPARATIONS
 from recipes import DATASET_SETTINGS, RECIPES
 
@@ -29,6 +34,7 @@ SECTIONS = {  # of --help, in its order
     "resuming": "stopping and resuming",
     "output": "what is written",
 }
+MAX_TOML = 20_000  # bytes: the time that a hostile one takes grows with their square
 
 
 def flag(section: str, default: Any, help: str, type: Callable = str, **about: Any) -> Any:
@@ -243,6 +249,14 @@ class Options:
         "cifar, for small colour photos; flags given beside it win",
         choices=tuple(RECIPES),
     )
+    config: str | None = recipe_flag(
+        None,
+        "take the flags from a TOML file, or a run's from its history.json; flags given beside it "
+        "win",
+        metavar="FILE",
+        changes=True,
+        stored=False,
+    )
     seed: int = recipe_flag(42, "of weights, order, augmentation, dropout", integer(0))
     device: str = machine_flag("auto", "auto (CUDA, else CPU), cpu, cuda or cuda:N", stored=False)
     precision: str = machine_flag(
@@ -289,18 +303,67 @@ FLAGS: dict[str, Field] = {f.name: f for f in (*fields(Options), *fields(Setting
 
 
 def parse_args(flags: Sequence[str] | None = None) -> tuple[Options, dict[str, Any]]:
-    """The options, from the command line by default, and all flags that it names. Raises UserError
-    if a flag is not known, or its value is out of bounds.
+    """The options, from the command line by default, and all flags that it or its --config names.
+    Raises UserError if a flag is not known, or its value is out of bounds.
     """
     parser = cli.Parser(description="Train the Vision Transformer, from the data to the report.")
     add_flags(parser, FLAGS)
     parser.parse_args(flags)
     given = parser.given
+    if "config" in given:
+        given = read_config(Path(given["config"])) | given
     options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
     if options.data_dir is None and options.dataset != "folder":
         data_dir = NAMED_SETS["mnist" if options.dataset == "auto" else options.dataset].data_dir
         options = replace(options, data_dir=data_dir)
     return options, given
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The flags by name that a TOML file gives, or with which a `history.json`'s run would be
+    started again. Raises UserError if the file can't be read, or names a flag or a value that there
+    isn't.
+    """
+    try:
+        content, is_toml = read_bytes(path), path.suffix == ".toml"
+        flags = _flags_of_toml(content) if is_toml else _flags_of_run(json.loads(content)["run"])
+        # A run's file may be a stranger's, who must not choose where we write.
+        known = [n for n, f in FLAGS.items() if n != "config" and (is_toml or f.metadata["stored"])]
+        if unknown := [name for name in flags if name not in known]:
+            close = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise ValueError(f"unknown flags: {', '.join(unknown)}; {hint}")
+        return {name: validated(FLAGS[name], value) for name, value in flags.items()}
+    except UserError as error:
+        raise UserError(f"--config: {error}; name a .toml or a run's history.json") from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    except (AttributeError, LookupError, RecursionError, TypeError):
+        raise UserError(
+            f"--config {path} is neither a TOML file, whose name ends in .toml, nor the "
+            "history.json of a run, as version 0.2.0 and later ones write it"
+        ) from None
+
+
+def _flags_of_toml(content: bytes) -> dict[str, Any]:
+    if len(content) > MAX_TOML:
+        raise ValueError(f"it has {len(content):,} bytes, expected at most {MAX_TOML:,}")
+    return {name.replace("-", "_"): v for name, v in tomllib.loads(content.decode()).items()}
+
+
+def _flags_of_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """In what a run differs from its recipe and data set: a flag without effect would be refused.
+
+    Args:
+        run: as `saving.stored_settings.to_stored` makes it.
+    """
+    settings = {f.name: f.metadata["off"] for f in fields(Settings)} | run["settings"]
+    flags = {n: v for n, v in run.items() if n not in ("settings", "fingerprint")} | settings
+    usual = {name: flag.default for name, flag in FLAGS.items()}
+    usual |= RECIPES[run["recipe"]] | dict(DATASET_SETTINGS[run["dataset"]])
+    if flags["init_from"] is not None:  # the trained model has other usual sizes
+        usual = {n: v for n, v in usual.items() if FLAGS[n].metadata["section"] != "model"}
+    return {n: v for n, v in flags.items() if n not in usual or v != usual[n]}
 
 
 def section_of(flags: "Settings | Options", name: str) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class RunFiles:
         }
         self.history = {
             **self.about,
+            "run": self.run,  # for --config
             "device": describe_device(self.device),
             "processes": self.world.size,
             "precision": self.precision,
