@@ -6,7 +6,7 @@ Each mode is a function, which MODES names; flags.py has their flags.
 import common.startup  # noqa: F401 before PyTorch
 
 from common import cli
-from deploy.flags import EXPORTS, default_output, parse_args
+from deploy.flags import EXPORTS, WEIGHTS, default_output, parse_args
 
 if __name__ == "__main__":
     cli.check_flags(parse_args)  # before PyTorch is imported, which takes seconds
@@ -40,10 +40,14 @@ from deploy.answers import show
 from deploy.datasets import load_own_set, load_test_images
 from deploy.picture_files import list_images
 from deploy.predict import answer_files, check_image_shape
+from deploy.weights import write_for_timm
 from saving.checkpoint import find_checkpoint, load_checkpoint
+from saving.weights_file import write_safetensors
 from utils import BatchLoader, accuracy
 from vit_model import ViT
 
+# Exports share their default names.
+REPLACED = "Replaced: {}, which was there (--output names another file)"
 MAPPED_IMAGES = 2000  # enough to see the classes; t-SNE of all 10,000 takes a minute
 
 
@@ -295,10 +299,24 @@ def export_file(task: Task) -> None:
         int8_images=dataset and dataset.train.images[: export.INT8_IMAGES],
     )
     print(export.compare(exported, precision, args.output.name, dataset and dataset.val))
-    if args.output.exists():  # exports share their default names
-        print(f"Replaced: {args.output}, which was there (--output names another file)")
+    if args.output.exists():
+        print(REPLACED.format(args.output))
     with atomic_write(args.output) as temporary:
         temporary.write_bytes(exported.content)
+
+
+def write_weights(task: Task) -> None:
+    """Write the weights for others: as a file of safetensors, or by timm's names."""
+    path, model, checkpoint = task.args.output, task.model.cpu(), task.checkpoint
+    was_there = path.exists()
+    if task.args.mode == "safetensors":
+        write_safetensors(path, model.state_dict(), checkpoint)
+    else:
+        print(f"load with: {write_for_timm(path, model, checkpoint['model_config'])}")
+        mean, std = checkpoint["normalization"].values()
+        print(f"it takes:  (pixel / 255 - mean) / std, by channel: mean {mean}, std {std}")
+    if was_there:
+        print(REPLACED.format(path))
 
 
 def read_pictures(task: Task) -> None:
@@ -323,6 +341,7 @@ MODES: dict[str, Callable[[Task], None]] = {
     "report": report,
     "evaluate": score,
     **dict.fromkeys(EXPORTS, export_file),
+    **dict.fromkeys(WEIGHTS, write_weights),
     "predict": read_pictures,
 }
 
@@ -334,10 +353,9 @@ def main() -> None:
     device = choose_device(args.device)
     args.checkpoint = str(find_checkpoint(args.checkpoint))
     model, checkpoint = load_checkpoint(args.checkpoint)
-    if args.mode not in EXPORTS:
-        check_image_shape(
-            checkpoint, args.checkpoint, f": only --mode {' and '.join(EXPORTS)} serve it"
-        )
+    if args.mode not in EXPORTS + WEIGHTS:
+        advice = f": only --mode {', '.join(EXPORTS + WEIGHTS)} serve it"
+        check_image_shape(checkpoint, args.checkpoint, advice)
     args.output = args.output or default_output(args.mode, checkpoint["source"])
     check_writable(args.output)
     trained = f"{checkpoint['dataset']}, epoch {checkpoint['epoch']}"

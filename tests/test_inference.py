@@ -127,4 +127,6 @@ def test_a_model_for_other_images_is_refused_except_for_export(run, tmp_path):
     content = {"epoch": 1, "model_state_dict": model.state_dict(), "optimizer_state_dict": {}}
     torch.save({**content, "best_acc": 1.0}, tmp_path / "other.pt")
     result = run(inference.main, "--mode", "evaluate", "--checkpoint", "other.pt")
-    assert_one_error_line(result, "3x32x32", "1x28x28", "onnx and torch_export")
+    assert_one_error_line(
+        result, "3x32x32", "1x28x28", "onnx, torch_export, safetensors, timm serve"
+    )

@@ -29,14 +29,22 @@ MODES = {
     "evaluate": Mode("score on the test images", "./outputs/evaluation.json"),
     "onnx": Mode("export to ONNX", "./outputs/vit_SET.onnx"),
     "torch_export": Mode("export with torch.export", "./outputs/vit_SET.pt2"),
+    "safetensors": Mode("weights alone, and how to use them", "./outputs/vit_SET.safetensors"),
+    "timm": Mode("weights for timm", "./outputs/vit_SET_timm.pth"),
     "predict": Mode("your own images", "./outputs/predictions.json"),
 }
-EXPORTS = ("onnx", "torch_export")
+EXPORTS, WEIGHTS = ("onnx", "torch_export"), ("safetensors", "timm")
+# How a file's name ends, where that tells what it is.
+ENDINGS = {"report": (".html",), "safetensors": (".safetensors",)}
+ENDINGS["timm"] = (".pth", ".pt", ".safetensors")
 
 # A flag that would change nothing in a mode is refused there.
 FLAGS_OF_MODES: dict[str, tuple[tuple[str, ...], str]] = {
     "image": (("predict",), "names pictures to answer"),
-    "data_dir": (tuple(mode for mode in MODES if mode != "predict"), "names a data set"),
+    "data_dir": (
+        tuple(mode for mode in MODES if mode not in ("predict", *WEIGHTS)),
+        "names a data set",
+    ),
     "format": (("predict",), "(text, csv, json) is the form of the answers"),
     "single": (("predict",), "takes a picture for one digit"),
     "index": (("attention", "report"), "chooses test images"),
@@ -88,8 +96,12 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     _check_combination(args, parser)
     args.output = Path(parser.given["output"]) if "output" in parser.given else None
-    if args.mode == "report" and args.output and args.output.suffix.lower() != ".html":
-        raise UserError(f"--output {args.output}: a report's name ends in .html")
+    endings = ENDINGS.get(args.mode)
+    if args.output and endings and args.output.suffix.lower() not in endings:
+        raise UserError(
+            f"--output {args.output}: the name of a file of --mode {args.mode} ends in "
+            f"{' or '.join(endings)}"
+        )
     return args
 
 

@@ -32,7 +32,8 @@ from common.errors import UserError, is_out_of_memory
 from common.files import atomic_write, read_bytes
 from common.version import VERSION
 from data.catalog import DIGITS, PREPARATIONS
-from saving.archive import RefusedError, read_archive
+from saving.archive import RefusedError
+from saving.weights_file import reader_of
 from vit_model import ViT
 
 FORMAT = 3  # of what is written now; every earlier one is read, too
@@ -134,9 +135,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint as it is: of its values only `format` is checked. Raises UserError if there
     is no such file, it is damaged, no checkpoint, or of a later format.
     """
-    content = _read_whole(path)
+    content, read = _read_whole(path), reader_of(path)
     try:
-        checkpoint = read_archive(content)
+        checkpoint = read(content)
     except RefusedError as error:
         raise refusal(path, error, f"it is refused, since {error}") from None
     except Exception as error:  # zipfile and PyTorch raise many kinds

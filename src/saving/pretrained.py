@@ -1,10 +1,9 @@
 """A trained Vision Transformer to start from: read from a file, ours or another's, and fitted.
 
-Names are translated by one table, sizes are read off the tensors. The file may be a stranger's: it
-is checked as checkpoint.py checks ours.
+Names are translated by parameter_names.py, sizes are read off the tensors. The file may be a
+stranger's: it is checked as checkpoint.py checks ours.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -18,7 +17,7 @@ from torch import Tensor
 from common.distributed import World
 from common.errors import UserError
 from common.files import read_bytes
-from saving.archive import RefusedError, read_archive
+from saving.archive import RefusedError
 from saving.checkpoint import (
     PUBLISHED_NUM_HEADS,
     check_tensors,
@@ -27,34 +26,14 @@ from saving.checkpoint import (
     refusal,
     validated_config,
 )
+from saving.parameter_names import HEAD, OURS, check_complete, translate
+from saving.weights_file import reader_of
 from vit_model import ViT
 
-OURS, TIMM, TORCHVISION = KINDS = ("this project", "timm", "torchvision")
-# What each calls its parameters, in this order. @: the N-th block; *: weight and bias; -: the row
-# is the others'. The last two rows are torchvision's before 0.14.
-TABLE = """
-cls_token            cls_token            class_token
-pos_embed            pos_embed            encoder.pos_embedding
-patch_embed.proj.*   patch_embed.proj.*   conv_proj.*
-@.norm1.*            @.norm1.*            @.ln_1.*
-@.attn.in_proj_*     @.attn.qkv.*         @.self_attention.in_proj_*
-@.attn.out_proj.*    @.attn.proj.*        @.self_attention.out_proj.*
-@.norm2.*            @.norm2.*            @.ln_2.*
-@.mlp.0.*            @.mlp.fc1.*          @.mlp.0.*
-@.mlp.3.*            @.mlp.fc2.*          @.mlp.3.*
-norm.*               norm.*               encoder.ln.*
-head.*               head.*               heads.head.*
-@.mlp.0.*            -                    @.mlp.linear_1.*
-@.mlp.3.*            -                    @.mlp.linear_2.*
-"""
-BLOCK = {OURS: "blocks.N", TIMM: "blocks.N", TORCHVISION: "encoder.layers.encoder_layer_N"}
-NUMBER = re.compile(r"(?<=[._])(0|[1-9]\d{0,3})(?=\.)")  # of a block
-WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")  # what DDP and torch.compile put before a name
 HEAD_DIM = 64  # of all published ViTs, from tiny to large
-POSITIONS, FILTERS, HEAD = "pos_embed", "patch_embed.proj.weight", ("head.weight", "head.bias")
+POSITIONS, FILTERS = "pos_embed", "patch_embed.proj.weight"
 WHAT = "a Vision Transformer to start from"
 ADVICE = "name one of this project, timm or torchvision, as .pt, .pth or .safetensors"
-PLAIN = "a plain one (no layer scale, registers, relative positions, distillation or fc_norm)"
 
 
 @dataclass(frozen=True)
@@ -63,7 +42,7 @@ class Pretrained:
 
     Attributes:
         file: its name, to be printed.
-        kind: whose: one of KINDS.
+        kind: whose: one of parameter_names.KINDS.
         config: the arguments of `ViT` that make such a model; `num_classes` is 0 without a head.
         state: its weights by our names, float32.
         class_names: None if the file tells none.
@@ -225,10 +204,10 @@ def _from_state_dict(path: Path, num_heads: int | None) -> Pretrained | None:
     """None: it is a checkpoint of ours, which holds more than a state dict."""
     content, size = _read_content(path)
     state = _state_dict(content)
-    kind, names = _translate(state)
+    kind, names = translate(state)
     if kind == OURS and not {"model_config", "best_acc"}.isdisjoint(content):
         return None
-    _check_complete(kind, names)
+    check_complete(kind, names)
     state = {ours: state[theirs].detach() for ours, theirs in names.items()}
     width, has_head = len(state[FILTERS]), HEAD[0] in state
     if not has_head:  # checked like the rest, and never kept
@@ -264,15 +243,7 @@ def _read_content(path: Path) -> tuple[Any, int]:
         content = read_bytes(path)
     except UserError as error:
         raise UserError(f"--init_from: {error}; name the file of a trained model") from None
-    read = read_archive
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load as read
-        except ImportError:
-            raise UserError(
-                f"{path} can only be read with the package safetensors: pip install safetensors, "
-                "or save the model as .pt"
-            ) from None
+    read = reader_of(path)
     try:
         return read(content), len(content)
     except RefusedError as error:
@@ -289,59 +260,3 @@ def _state_dict(content: Any) -> dict[str, Any]:
         if isinstance(content.get(wrapper), dict):
             return content[wrapper]
     return content
-
-
-# ------------------------------------------------------------------------------------------- names
-
-
-def _translations(kind: str) -> dict[str, str]:
-    """Its names -> ours, by TABLE, with N for a block's number."""
-    names = {}
-    for row in map(str.split, TABLE.strip().splitlines()):
-        theirs, ours = row[KINDS.index(kind)], row[0]
-        for part in ("weight", "bias") if "*" in theirs else ("",):
-            name = theirs.replace("@", BLOCK[kind]).replace("*", part)
-            names[name] = ours.replace("@", BLOCK[OURS]).replace("*", part)
-    names.pop("-", None)
-    return names
-
-
-def _translate(state: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    """Whose the names of a state dict are, and our names -> these. Raises ValueError if one is not
-    known.
-    """
-    found = {}
-    for kind in KINDS:
-        translations = _translations(kind)
-        found[kind] = {name: _our_name(name, translations) for name in state}
-    kind = max(KINDS, key=lambda kind: sum(ours is not None for ours in found[kind].values()))
-    for theirs, ours in found[kind].items():
-        if ours is None:
-            raise ValueError(f"it has {theirs[:80]}, expected {PLAIN}")
-        if not isinstance(state[theirs], Tensor):
-            raise ValueError(f"its {theirs} is no tensor")
-    return kind, {ours: theirs for theirs, ours in found[kind].items()}
-
-
-def _our_name(name: str, translations: dict[str, str]) -> str | None:
-    name = WRAPPED.sub("", name)
-    number = NUMBER.search(name)
-    if number is None:
-        return translations.get(name)
-    ours = translations.get(f"{name[: number.start()]}N{name[number.end() :]}")
-    return None if ours is None else ours.replace("N", number[0])
-
-
-def _check_complete(kind: str, names: dict[str, str]) -> None:
-    """Raise ValueError if a name is missing, but for CLS (without it the head reads the mean) and
-    the head.
-    """
-    accounted = names.keys() | {"cls_token"}
-    if accounted.isdisjoint(HEAD):
-        accounted |= set(HEAD)
-    depth = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
-    for theirs, ours in _translations(kind).items():
-        for number in map(str, range(max(1, depth) if "N" in ours else 1)):
-            if ours.replace("N", number) not in accounted:
-                told = theirs.replace("N", number)
-                raise ValueError(f"it has no {told}, which every plain one of {kind} has")

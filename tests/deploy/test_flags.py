@@ -56,6 +56,11 @@ def test_flags_are_answered_before_pytorch_is_imported(script):
         ("--mode torch_export --half", "torch_export --half --mode onnx"),
         ("--mode evaluate --quantize int8", "evaluate --quantize --mode onnx"),
         ("--mode visualize --raw_input", "visualize --raw_input onnx torch_export"),
+        ("--mode safetensors --data_dir x", "safetensors --data_dir names a data set"),
+        ("--mode timm --half", "timm --half --mode onnx"),
+        ("--mode safetensors --output x.pt", "x.pt safetensors ends in .safetensors"),
+        ("--mode timm --output x.onnx", "x.onnx timm ends in .pth or .pt or .safetensors"),
+        ("--mode report --output x.pdf", "x.pdf report ends in .html"),
     ],
 )
 def test_flags_that_do_not_go_together_end_in_one_line(run, flags, words):
