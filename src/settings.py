@@ -361,8 +361,8 @@ def _flags_of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     flags = {n: v for n, v in run.items() if n not in ("settings", "fingerprint")} | settings
     usual = {name: flag.default for name, flag in FLAGS.items()}
     usual |= RECIPES[run["recipe"]] | dict(DATASET_SETTINGS[run["dataset"]])
-    if flags["init_from"] is not None:  # the trained model has other usual sizes
-        usual = {n: v for n, v in usual.items() if FLAGS[n].metadata["section"] != "model"}
+    if flags["init_from"] is not None:
+        del usual["patch_size"], usual["num_heads"]  # where not given, the trained model's
     return {n: v for n, v in flags.items() if n not in usual or v != usual[n]}
 
 

@@ -10,9 +10,10 @@ What a hostile file can do at most, be it a checkpoint or a run's last.pt:
 - What is printed of it is short, and free of the codes by which a text controls a terminal.
 
 PyTorch's loader keeps the first promise, archive.py the second, checkpoint.py the others, and all
-of them pretrained.py for the models of other libraries that a run can start from. Every
+of them pretrained.py for the models of other libraries that a run can start from; the package
+safetensors, which weights_file.py calls, keeps the first two for its files. Every
 other input that is not trusted has one place, too, where it is checked: a run's last.pt in
 run_state.py, calls of optimizers and schedules in optimizers/calls.py, pictures in
-data/pictures.py, prepared images in data/cache.py, history.json and timings in analysis/. Published
-data files must have their known checksums.
+data/pictures.py, prepared images in data/cache.py, history.json and timings in analysis/, what
+--config names in settings.py. Published data files must have their known checksums.
 """
