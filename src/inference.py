@@ -312,7 +312,8 @@ def write_weights(task: Task) -> None:
     if task.args.mode == "safetensors":
         write_safetensors(path, model.state_dict(), checkpoint)
     else:
-        print(f"load with: {write_for_timm(path, model, checkpoint['model_config'])}")
+        call = write_for_timm(path, model, checkpoint["model_config"])
+        print(f"load with: {call}")
         mean, std = checkpoint["normalization"].values()
         print(f"it takes:  (pixel / 255 - mean) / std, by channel: mean {mean}, std {std}")
     if was_there:
