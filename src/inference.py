@@ -43,7 +43,7 @@ from deploy.predict import answer_files, check_image_shape
 from deploy.weights import write_for_timm
 from saving.checkpoint import find_checkpoint, load_checkpoint
 from saving.weights_file import write_safetensors
-from utils import BatchLoader, accuracy
+from utils import BatchLoader, accuracy, images_at_once
 from vit_model import ViT
 
 # Exports share their default names.
@@ -74,7 +74,8 @@ class Task:
     def test(self) -> BatchLoader:
         """The test images, normalised as the images that the model was trained on."""
         split = self.scored[1].to(self.device)
-        return BatchLoader(split, 500, **self.checkpoint["normalization"])
+        size = images_at_once(split.images.shape[-1])
+        return BatchLoader(split, size, **self.checkpoint["normalization"])
 
     @cached_property
     def outputs(self) -> explain.Outputs:

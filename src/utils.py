@@ -152,8 +152,15 @@ def make_loaders(
 
     order = {"shuffle": True, "seed": seed, "num_workers": num_workers, "world": world}
     train = loader(dataset.train[:train_samples], batch_size, augment=augment, **order)
-    # No gradient is kept of these: their batches needn't be the training's.
-    return train, loader(dataset.val, 500), loader(dataset.test, 500)
+    size = images_at_once(dataset.image_shape[-1])
+    return train, loader(dataset.val, size), loader(dataset.test, size)
+
+
+def images_at_once(side: int) -> int:
+    """How many images to evaluate at once, whatever the batch in training is: no gradient is kept.
+    It falls with their pixels, for memory grows with the square of the number of tokens.
+    """
+    return max(1, 500 * 32**2 // max(side, 32) ** 2)
 
 
 def get_mnist_loaders(

@@ -24,7 +24,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import atomic_write, check_writable, read_bytes, write_text
 
-VERSION = 1  # of the files, and of what `decode` and `arrange` make: raise it when that changes
+VERSION = 1  # of the files, and of what `decode` and `_arrange` make: raise it when that changes
 STEP_BYTES = 2**24  # that are copied or summed at a time
 LEFTOVER_AGE = 86_400  # seconds after which what a killed process was writing is removed
 

@@ -29,7 +29,6 @@ from data.pictures import stored_size
 
 SHARE = 0.1  # of the images, to validate and to test each, where no folder says which
 LARGEST_SIDE = 64  # pixels, that images get unless a flag asks for more
-SMALLEST_SIDE = 4
 SAMPLE = 500  # headers that are read to guess the side
 SHOWN = 5  # names in a note
 
@@ -41,8 +40,8 @@ class Arrangement(NamedTuple):
         labels: its class's number, int64 (n,).
         hashes: what tells its bytes from others', uint64 (n,); 0 if it isn't used.
         parts: numbers of the files to train, to validate and to test.
-        copies: how many are not among those to validate, and to test, since copies of them are
-            trained on, or validated.
+        copies: how many images to validate and to test were left out, because an earlier part has
+            a copy of each.
     """
 
     class_names: tuple[str, ...]
@@ -66,15 +65,15 @@ def load_folder(
     or, where one is not there, a share of the training images of each class in its place; or in
     `<class>/`. What is left out of it is told on stderr.
 
-    A part is in an order drawn by the files' bytes: it has its classes mixed, and neither another
-    name nor another file changes it. So when images are added, most stay in the part they were in.
-    The prepared images are kept in a cache. Raises UserError if the folder can't be read, or its
+    Each part is ordered by a hash of the files' bytes: classes are mixed, and neither another name
+    nor another file changes the order. So when images are added, most stay in their part. The
+    prepared images are kept in a cache. Raises UserError if the folder can't be read, or its
     images don't suffice: at least two classes, and an image to train, to validate and to test.
 
     Args:
         img_size: side of the images in pixels; None: the images' own if all are squares of one size
-            of at most 64; else the median of their shorter sides, at most 64, rounded down to a
-            multiple of 8.
+            of at most 64 that can be cut into 4 to 16 patches a side; else the median of their
+            shorter sides, at most 64, rounded down to a multiple of 8.
         in_chans: 1: grey, 3: colour; None: 3 if any image has colour in it.
         resize: "crop", "pad" or "stretch", see `prepare`.
         val_split: share of the images to validate; None: 0.1 if there is no folder of them.
@@ -91,8 +90,10 @@ def load_folder(
     if cached is None:
         kept = cache.can_write(place, wanted=cache_dir is not None)
         cached = _read_all(listing, place if kept else None, shares, how)
+    else:
+        _tell_refused(listing, cached.answers)
     arrangement = _arrange(listing, cached.answers, shares)
-    _tell_left_out(listing, cached.answers, arrangement)
+    _tell_left_out(listing, arrangement)
     class_names, labels, hashes, parts, _ = arrangement
     sizes = [len(part) for part in parts]
     if sum(sizes) != len(cached.images):
@@ -204,7 +205,8 @@ def _class_names(listing: Listing, used: Sequence[bool]) -> tuple[str, ...]:
                 "train: add some, or remove that folder"
             )
     if len(names) < 2:
-        found = f"of one class only, {min(names)!r}" if names else "in no folder of a class"
+        found = "in no folder of a class" if not listing.files else "none of which can be used"
+        found = f"of one class only, {min(names)!r}" if names else found
         raise UserError(
             f"{listing.folder} has images {found}: expected at least two folders with images in "
             f"them, one for each class, right in it or in a folder train"
@@ -274,6 +276,7 @@ def _read_all(
         side = how["img_size"] or _choose_side(sizes)
         if side != guess:  # some differ from those that were asked
             answers, sizes, in_chans = _decode(listing, spool, **{**how, "img_size": side})
+        _tell_refused(listing, answers)  # now, as these may be why the images don't suffice
         order = np.concatenate(_arrange(listing, answers, shares).parts)
         # In the spool are only the files that are used.
         order = np.cumsum([isinstance(answer, int) for answer in answers])[order] - 1
@@ -315,7 +318,8 @@ def _choose_side(sizes: list[tuple[int, int]]) -> int:
     if not sizes:
         return LARGEST_SIDE
     width, height = sizes[0]
-    if width == height and SMALLEST_SIDE <= width <= LARGEST_SIDE and len(set(sizes)) == 1:
+    fits = any(width % patches == 0 for patches in range(4, 17)) and width <= LARGEST_SIDE
+    if fits and width == height and len(set(sizes)) == 1:
         return width
     shorter = min(LARGEST_SIDE, int(np.median([min(size) for size in sizes])))
     return max(8, shorter // 8 * 8)
@@ -324,9 +328,8 @@ def _choose_side(sizes: list[tuple[int, int]]) -> int:
 # -------------------------------------------------------------------------------------------- notes
 
 
-def _tell_left_out(listing: Listing, answers: list[int | str], arrangement: Arrangement) -> None:
-    """Say on stderr which files and folders are not used, and why."""
-    _tell_refused(listing, answers)
+def _tell_left_out(listing: Listing, arrangement: Arrangement) -> None:
+    """Say on stderr which classes and copies are not used."""
     for part, names in listing.classes.items():
         for name in names:
             if name not in arrangement.class_names:

@@ -40,12 +40,17 @@ class Listing:
 def list_images(folder: str | Path) -> Listing:
     """The parts of a folder: its train, val (or valid) and test with a folder for each class in
     them; or one part, "train", whose classes are right in it. Raises UserError if it can't be read,
-    has both val and valid, or a class name that can't be printed.
+    has both val and valid, no classes in train, or a class name that can't be printed.
     """
     listing = Listing(Path(folder))
     inside, files = _look_into(listing.folder)
     if "train" not in inside or not _look_into(listing.folder / "train")[0]:
         _add_part(listing, "train", "")
+        if listing.files and set(inside) <= PART_NAMES.keys():
+            raise UserError(
+                f"{folder} has images right in its {', '.join(inside)}: expected a folder for each "
+                "class there"
+            )
         return listing
     if "val" in inside and "valid" in inside:
         raise UserError(f"{folder} has both val and valid: rename one of them")

@@ -71,6 +71,9 @@ def load_own_set(
             )
         in_chans, img_size, _ = image_shape(checkpoint)
         folder = {"img_size": img_size, "in_chans": in_chans, "resize": checkpoint["preparation"]}
+        for name in ("val_split", "test_split"):  # as in training, so that the parts are the same
+            share = checkpoint["settings"].get(name)
+            folder[name] = share if isinstance(share, float) and 0 < share < 1 else None
     elif data_dir and source in NAMED_SETS and NAMED_SETS[source].data_dir is None:
         raise UserError(
             f"--data_dir {data_dir} has no folder of pictures for any of {some(class_names, 10)}, "
@@ -83,6 +86,9 @@ def load_own_set(
             f"{path} tells {some(class_names, 10)} apart, but {data_dir or dataset.name} has "
             f"{some(found[1], 10)}"
         )
+    known = checkpoint.get("trained_on")
+    if known is not None and not torch.equal(known, dataset.trained_on):
+        raise UserError(f"the images in {data_dir} are not those that {path} was trained on")
     return dataset
 
 

@@ -19,9 +19,10 @@ from data.pictures import open_picture, prepare
 from deploy.digit_image import Reading, read_digits
 from deploy.picture_files import read_each
 from saving.checkpoint import image_shape
+from utils import images_at_once
 from vit_model import ViT
 
-BATCH_SIZE = 256
+BATCH_SIZE = 256  # pictures that are open at once
 MAX_SIDE = 1024  # pixels of a prepared picture, as for --img_size: a file's model may want more
 
 
@@ -34,7 +35,7 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predictions:
-    """Classify images in the form of the data set's, in batches of 256.
+    """Classify images in the form of the data set's.
 
     Args:
         model: in evaluation mode; the images go to the device where it is.
@@ -43,7 +44,7 @@ def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predi
     """
     device, calibration = next(model.parameters()).device, checkpoint["calibration"]
     parts = []
-    for batch in torch.from_numpy(images).split(BATCH_SIZE):
+    for batch in torch.from_numpy(images).split(images_at_once(images.shape[-1])):
         logits, vectors = confidence.read(model, normalize(batch.to(device), checkpoint))
         probabilities = (logits / calibration["temperature"]).softmax(dim=1)
         parts.append((probabilities.cpu(), confidence.is_strange(vectors, calibration)))

@@ -125,6 +125,10 @@ def _fill(call: Call, span: ScheduleSpan) -> Call:
             lengths = [max(1, b - a) for a, b in itertools.pairwise([*bounds, span.length])]
         pairs = zip(inner, lengths, strict=True)
         arguments["schedulers"] = [_fill(each, replace(span, length=n)) for each, n in pairs]
+    if call.cls is lr_scheduler.OneCycleLR and "total_steps" in arguments:
+        share = arguments.get("pct_start", 0.3)
+        if share * arguments["total_steps"] == 1:  # PyTorch would divide by 0, this phase's length
+            arguments["pct_start"] = 0.999 * share
     return Call(call.cls, arguments)
 
 

@@ -215,8 +215,8 @@ def _from_state_dict(path: Path, num_heads: int | None) -> Pretrained | None:
     config = validated_config({"num_heads": num_heads or _usual_heads(path, kind, width)}, state)
     if width % config["num_heads"]:
         raise UserError(
-            f"--num_heads {num_heads} does not divide the {width} numbers of a token in {path}: "
-            "give a divisor of it"
+            f"--num_heads {config['num_heads']} does not divide the {width} numbers of a token in "
+            f"{path}: give a divisor of it"
         )
     check_tensors(state, config, size, names)
     state = {name: tensor.float() for name, tensor in state.items()}

@@ -32,6 +32,11 @@ def check_data_flags(dataset: str, given: Mapping[str, Any]) -> None:
                 "with --data_dir"
             )
         return
+    if "dataset" not in given and "data_dir" in given and _has_classes(given["data_dir"]):
+        raise UserError(
+            f"--data_dir {given['data_dir']} has a folder of images for each class: give --dataset "
+            "folder to train on them"
+        )
     idle = [f.name for f in fields(Options) if f.metadata["section"] == "folder"]
     if NAMED_SETS[dataset].data_dir is None:
         idle.append("data_dir")
@@ -42,6 +47,15 @@ def check_data_flags(dataset: str, given: Mapping[str, Any]) -> None:
                 f"{title} need no files" if name == "data_dir" else "it is for --dataset folder"
             )
             raise UserError(f"--{name} {given[name]} has no effect: {reason}; leave it out")
+
+
+def _has_classes(folder: str) -> bool:
+    from data.listing import list_images  # slow: it imports NumPy
+
+    try:
+        return bool(list_images(folder).files)
+    except UserError:  # whoever reads the data set there says what is wrong
+        return False
 
 
 def resolve(
@@ -75,6 +89,7 @@ def resolve(
                     f"--{name} {given[name]} has no effect: --{', --'.join(DISTURBANCES)} are all "
                     "off; leave it out, or give one of them"
                 )
+        s = replace(s, keep_clean=0.0, augmix=0.0)  # a recipe's
     if trained:
         s = replace(s, **_sizes_of_trained(trained, given, img_size))
     if s.freeze == "backbone":
@@ -86,11 +101,13 @@ def resolve(
             f"--mlp_ratio {s.mlp_ratio} is too small for --embed_dim {s.embed_dim}: an MLP would "
             "have no neuron; raise one of them"
         )
-    if given.get("patch_drop") and s.epochs == 1:
-        raise UserError(
-            f"--patch_drop {s.patch_drop} has no effect: the last third of the epochs sees whole "
-            "images, so the only one does; give more epochs, or leave it out"
-        )
+    if s.epochs == 1:
+        if given.get("patch_drop"):
+            raise UserError(
+                f"--patch_drop {s.patch_drop} has no effect: the last third of the epochs sees "
+                "whole images, so the only one does; give more epochs, or leave it out"
+            )
+        s = replace(s, patch_drop=0.0)  # a recipe's
     if s.pos_embed == "sincos2d" and s.embed_dim % 4 != 0:
         raise UserError(
             f"--embed_dim {s.embed_dim} is not divisible by 4, as --pos_embed sincos2d wants it: "

@@ -31,7 +31,8 @@ from training.epoch_sums import EpochSums
 from training.resolve import resolve
 
 LAST, PREVIOUS, PATHS_FILE = "last.pt", "last.prev.pt", "last.paths.json"
-PATHS = ("data_dir", "output_dir", "todo_path")  # flags whose values stand in PATHS_FILE
+# Flags whose values stand in PATHS_FILE.
+PATHS = ("data_dir", "cache_dir", "output_dir", "todo_path")
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,13 @@ def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict
         told = json.loads(_read_text(source.with_name(PATHS_FILE)))
         about = told["folder"], told["fingerprint"]
         if about == (str(source.parent.resolve()), run["fingerprint"]):
-            found = {name: told[name] for name in wanted}
+            found = {name: told[name] for name in wanted if name in told or name != "cache_dir"}
             return {name: p and FLAGS[name].metadata["type"](p) for name, p in found.items()}
         reason = "was written for another folder or run"
     except (ValueError, LookupError, TypeError, RecursionError):
         reason = "is not there or damaged"
-    wanted = [f"--{name}" for name in wanted if (name, run["dataset"]) != ("data_dir", "digits")]
+    idle = {"cache_dir"} | ({"data_dir"} if run["dataset"] == "digits" else set())
+    wanted = [f"--{name}" for name in wanted if name not in idle]
     if wanted:
         raise UserError(
             f"where the run in {source} reads and writes is not known: "

@@ -156,6 +156,13 @@ class Run:
         shown = ", ".join(f"{n} {v}" for n, v in settings.items() if v is not None)
         print(f"recipe:   {options.recipe}: {shown}")
         print(f"steps:    {self.optimizer.text}; {schedule}")
+        kept = (self.settings.ema_decay or 0) ** (self.settings.epochs * len(self.loaders[0]))
+        if kept > 0.2:
+            print(
+                f"note: the average of the weights, which is scored, will still be to {kept:.0%} "
+                "what they were at the start: lower --ema_decay or --batch_size, or raise --epochs",
+                file=sys.stderr,
+            )
 
     # -------------------------------------------------------------------------------------- loop
 

@@ -91,6 +91,8 @@ class RunFiles:
             "seed": options.seed,
             "train_samples": options.train_samples,
         }
+        if self.dataset.source == "folder":
+            settings |= {"val_split": options.val_split, "test_split": options.test_split}
         self.about = {  # what all files tell of the run
             "dataset": self.dataset.name,
             "source": self.dataset.source,

@@ -23,6 +23,7 @@ from mutations import EDITS, VERY_FEW, bounded, edited
 from picture_folders import CLASSES, draw_odd_folder, draw_shapes
 from PIL import Image
 
+import inference
 import train
 from common.errors import UserError
 from data import cache, decode
@@ -103,6 +104,21 @@ def test_a_folder_of_odd_pictures_is_trained_on_and_resumed_with_the_same(
     assert any(note.startswith("note: the cache in ") for note in notes)
 
 
+def test_a_run_of_one_epoch_goes_on_with_its_cache_and_its_split_is_known(complete, run, tmp_path):
+    folder = draw_shapes(tmp_path / "shapes", count=20)
+    flags = "--recipe cifar --epochs 1 --batch_size 6 --val_split 0.2 --test_split 0.3".split()
+    result = complete(*TRAIN, *flags, "--data_dir", folder, "--cache_dir", ".")
+    assert "note: the average of the weights" in result.err and "98%" in result.err  # 0.995^5
+    result = complete("--resume", "--epochs", 2)
+    assert "reading" not in result.err and not caches(folder)
+    infer = ("--mode", "onnx", "--data_dir", folder, "--device", "cpu")
+    result = run(inference.main, *infer)
+    assert result.status == 0 and "not measured" not in result.err, result.err
+    (folder / "disc" / "0.png").unlink()
+    result = run(inference.main, *infer)
+    assert "validation accuracy is not measured: the images in" in result.err
+
+
 def test_each_odd_picture_is_used_as_what_it_shows(odd):
     data = load_folder(odd, cache_dir=odd.parent)
     hashes = dict(
@@ -155,13 +171,13 @@ def test_parts_come_from_their_folders_and_what_is_missing_from_the_images_to_tr
     shutil.rmtree(root / "test")
     assert sizes(load_folder(root)) == [12, 3, 3]
     assert sizes(load_folder(root, val_split=0.5, test_split=0.3)) == [3, 9, 6]
-    # Classes may be called like parts.
+    # A class may be called like a part.
     shutil.copytree(shapes / "disc", tmp_path / "vehicles" / "train")
-    shutil.copytree(shapes / "cross", tmp_path / "vehicles" / "test")
-    assert load_folder(tmp_path / "vehicles").class_names == ("test", "train")
+    shutil.copytree(shapes / "cross", tmp_path / "vehicles" / "tram")
+    assert load_folder(tmp_path / "vehicles").class_names == ("train", "tram")
     (tmp_path / "vehicles" / "Train").mkdir()
     shutil.copy(shapes / "square" / "0.png", tmp_path / "vehicles" / "Train")
-    assert load_folder(tmp_path / "vehicles").class_names == ("Train", "test", "train")
+    assert load_folder(tmp_path / "vehicles").class_names == ("Train", "train", "tram")
 
 
 def test_the_split_is_by_class_and_keeps_images_in_their_part(tmp_path):
@@ -225,6 +241,7 @@ def test_side_and_channels_come_from_the_images(tmp_path, capsys):
     assert own.image_shape == (1, 28, 28)
     assert made("coloured", ("L", (28, 28)), ("RGB", (28, 28))).image_shape == (3, 28, 28)
     assert made("mixed", ("L", (28, 28)), ("L", (28, 90))).image_shape == (1, 24, 24)
+    assert made("prime", ("L", (31, 31))).image_shape == (1, 24, 24)  # else one patch were all
     assert made("large", ("L", (90, 90))).image_shape == (1, 64, 64)
     assert made("small", ("L", (5, 7))).image_shape == (1, 8, 8)
     # All channels are equal: it is grey, and what was found with three is what one would give.
@@ -554,6 +571,12 @@ def in_parts(folder: Path, *, without: str = "", more: str = "") -> None:
         shutil.copy(folder / "train" / "disc" / "0.png", folder / more / "zebra")
 
 
+def in_parts_alone(folder: Path) -> None:
+    (folder / "disc").rename(folder / "train")
+    (folder / "cross").rename(folder / "test")
+    shutil.rmtree(folder / "square")
+
+
 ERRORS = {
     "empty": (lambda f: only(f), "", "has images in no folder of a class: expected at least two"),
     "one class": (lambda f: only(f, "disc"), "", "has images of one class only, 'disc'"),
@@ -562,7 +585,8 @@ ERRORS = {
         "",
         "has 2 images, and none is left to validate",
     ),
-    "all of 1x1": (dots, "", "has images in no folder of a class"),
+    "all of 1x1": (dots, "", "has images none of which can be used"),
+    "parts without classes": (in_parts_alone, "", "has images right in its test, train: expected"),
     "class only in test": (
         lambda f: in_parts(f, more="test"),
         "",
@@ -612,6 +636,14 @@ def test_folders_that_do_not_suffice_end_in_one_error_line(run, tmp_path, case):
     assert all(line.startswith(("note: ", "  ")) for line in notes)
     result.err = result.err.splitlines()[-1]
     assert_one_error_line(result, words.format(folder=root))
+    if case == "all of 1x1":
+        assert "disc/0.png is too small" in "".join(notes)
+
+
+def test_a_folder_of_classes_is_not_taken_for_mnists(run, shapes):
+    result = run(train.main, "--data_dir", shapes)
+    assert_one_error_line(result, f"--data_dir {shapes} has a folder of images", "--dataset folder")
+    assert not (shapes / "MNIST").exists()
 
 
 @posix

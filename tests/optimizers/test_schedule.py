@@ -168,6 +168,12 @@ def test_a_schedule_that_fails_after_the_rehearsal_is_named_then(text, monkeypat
         go(schedule, range(40))
 
 
+def test_one_cycle_may_have_its_peak_after_the_first_step():
+    rates = rates_of("OneCycleLR(pct_start=0.025, anneal_strategy='linear')", interval="step")
+    assert len(rates) == 40 and all(0 < rate <= 1 for row in rates for rate in row)
+    assert rates[0][0] > 0.9
+
+
 SWA = {"swa_start": 13, "swa_lr": 0.1, "swa_anneal_epochs": 3}
 MORE = [("onecycle", {"warmup_epochs": 3}), ("onecycle", SWA), ("plateau(patience=0)", SWA)]
 
