@@ -35,7 +35,8 @@ from analysis.words import PICTURE, words_for
 from common.device import choose_device
 from common.errors import UserError
 from common.files import atomic_write, check_writable, write_json
-from data.dataset import Split, as_pictures
+from data.dataset import Dataset, Split, as_pictures
+from deploy import webpage
 from deploy.answers import show
 from deploy.datasets import load_own_set, load_test_images
 from deploy.picture_files import list_images
@@ -283,14 +284,7 @@ def export_file(task: Task) -> None:
 
     args = task.args
     precision = "fp16" if args.half else "int8" if args.quantize == "int8" else "fp32"
-    try:
-        dataset = load_own_set(task.checkpoint, args.checkpoint, args.data_dir)
-    except UserError as error:
-        if precision == "int8":
-            raise UserError(f"--quantize int8 needs training images: {error}") from None
-        reason = " ".join(str(error).split())
-        print(f"note: the validation accuracy is not measured: {reason}", file=sys.stderr)
-        dataset = None
+    dataset = load_images(task, "--quantize int8" if precision == "int8" else None)
     exported = export.export(
         task.model.cpu(),
         task.checkpoint,
@@ -300,10 +294,39 @@ def export_file(task: Task) -> None:
         int8_images=dataset and dataset.train.images[: export.INT8_IMAGES],
     )
     print(export.compare(exported, precision, args.output.name, dataset and dataset.val))
-    if args.output.exists():
-        print(REPLACED.format(args.output))
-    with atomic_write(args.output) as temporary:
-        temporary.write_bytes(exported.content)
+    write_export(args.output, exported.content)
+
+
+def write_page(task: Task) -> None:
+    """Write the page to draw on with the model in it, if that does as well in fp16."""
+    args = task.args
+    webpage.check_digits(task.checkpoint, args.checkpoint)
+    dataset = load_images(task)
+    compared = webpage.compare(task.model, task.checkpoint, dataset and dataset.val)
+    page = webpage.build_page(task.model, task.checkpoint).encode()
+    print(f"{args.output.name}: {len(page) / 1e6:.2f} MB, {compared}")
+    write_export(args.output, page)
+
+
+def load_images(task: Task, needed_by: str | None = None) -> Dataset | None:
+    """The data set that the model was trained on; None, and a note, if it can't be had. Raises
+    UserError then if a flag needs it.
+    """
+    try:
+        return load_own_set(task.checkpoint, task.args.checkpoint, task.args.data_dir)
+    except UserError as error:
+        if needed_by:
+            raise UserError(f"{needed_by} needs training images: {error}") from None
+        reason = " ".join(str(error).split())
+        print(f"note: the validation accuracy is not measured: {reason}", file=sys.stderr)
+
+
+def write_export(path: Path, content: bytes) -> None:
+    """Write a file under a name that several models share by default."""
+    if path.exists():
+        print(REPLACED.format(path))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_weights(task: Task) -> None:
@@ -344,6 +367,7 @@ MODES: dict[str, Callable[[Task], None]] = {
     "evaluate": score,
     **dict.fromkeys(EXPORTS, export_file),
     **dict.fromkeys(WEIGHTS, write_weights),
+    "webpage": write_page,
     "predict": read_pictures,
 }
 

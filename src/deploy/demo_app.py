@@ -7,7 +7,6 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,17 +22,17 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from analysis.explain import attention_weights, patch_map, rollout
-from analysis.words import PICTURE, PREPARED, words_for
+from analysis.words import PICTURE, words_for
 from common.errors import UserError
 from data.dataset import as_pictures
 from deploy.digit_image import read_digits
 from deploy.predict import describe, normalize, predict, prepare_picture
+from deploy.webpage import PAGE, describe_model
 from saving.checkpoint import image_shape
-from vit_model import ViT, count_parameters
+from vit_model import ViT
 
-PAGE = Path(__file__).with_name("demo_page")
-FILES = {"/": "index.html", "/script.js": "script.js", "/style.css": "style.css"}
-FILES["/icon.svg"] = "icon.svg"
+FILES = {f"/{name}": name for name in ("icon.svg", "script.js", "server.js", "style.css")}
+FILES["/"] = "index.html"
 MAX_MB = 10  # of a picture; also in script.js, which does not send a larger one
 MAX_DISCARDED_MB = 200  # read of a larger one, so that its sender gets the answer
 MAX_SECONDS = 30  # to receive a picture
@@ -65,13 +64,8 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
     blank = np.zeros((1, *image_shape(checkpoint)), np.uint8)
     worker.submit(answer_images, model, checkpoint, blank, [{}])  # the first is slow
 
-    async def describe(_: Request) -> Response:
-        about = {"dataset": checkpoint["dataset"], "validation": checkpoint["best_acc"]}
-        about["class_names"] = checkpoint["class_names"]
-        about["words"] = words_for(checkpoint)._asdict()
-        about["image_size"] = image_shape(checkpoint)[1]
-        about["preparation"] = PREPARED[checkpoint["preparation"]]
-        return JSONResponse({**about, "parameters": count_parameters(model)})
+    async def tell(_: Request) -> Response:
+        return JSONResponse(describe_model(model, checkpoint))
 
     async def read(request: Request) -> Response:
         refuse_other_sites(request)
@@ -89,7 +83,7 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
     routes = [
         Route(path, lambda _, name=name: FileResponse(PAGE / name)) for path, name in FILES.items()
     ]
-    routes += [Route("/model", describe), Route("/predict", read, methods=["POST"])]
+    routes += [Route("/model", tell), Route("/predict", read, methods=["POST"])]
     return Starlette(
         routes=routes,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],

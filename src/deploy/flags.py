@@ -31,11 +31,12 @@ MODES = {
     "torch_export": Mode("export with torch.export", "./outputs/vit_SET.pt2"),
     "safetensors": Mode("weights alone, and how to use them", "./outputs/vit_SET.safetensors"),
     "timm": Mode("weights for timm", "./outputs/vit_SET_timm.pth"),
+    "webpage": Mode("a page to draw digits on, in one file", "./outputs/vit_SET.html"),
     "predict": Mode("your own images", "./outputs/predictions.json"),
 }
 EXPORTS, WEIGHTS = ("onnx", "torch_export"), ("safetensors", "timm")
 # How a file's name ends, where that tells what it is.
-ENDINGS = {"report": (".html",), "safetensors": (".safetensors",)}
+ENDINGS = {"report": (".html",), "webpage": (".html",), "safetensors": (".safetensors",)}
 ENDINGS["timm"] = (".pth", ".pt", ".safetensors")
 
 # A flag that would change nothing in a mode is refused there.

@@ -49,7 +49,7 @@ def test_the_page_is_served_and_refers_to_nothing_outside(server):
     page = server.request("GET", "/")
     assert page.status == 200 and page.headers["Content-Type"].startswith("text/html")
     names = re.findall(r'(?:src|href)="([^"]+)"', page.content.decode())
-    assert sorted(names) == ["icon.svg", "script.js", "style.css"]
+    assert sorted(names) == ["icon.svg", "script.js", "server.js", "style.css"]
     for name in ("", *names):
         file = server.request("GET", f"/{name}")
         assert file.status == 200

@@ -61,6 +61,8 @@ def test_flags_are_answered_before_pytorch_is_imported(script):
         ("--mode safetensors --output x.pt", "x.pt safetensors ends in .safetensors"),
         ("--mode timm --output x.onnx", "x.onnx timm ends in .pth or .pt or .safetensors"),
         ("--mode report --output x.pdf", "x.pdf report ends in .html"),
+        ("--mode webpage --half", "webpage --half --mode onnx"),
+        ("--mode webpage --output page.htm", "page.htm .html"),
     ],
 )
 def test_flags_that_do_not_go_together_end_in_one_line(run, flags, words):

@@ -3,9 +3,9 @@
 const MAX_MB = 10; // of what is sent, as in demo_app.py
 const MAX_SIDE = 1600; // pixels of a picture that is sent; as a PNG file it has less than MAX_MB in any case
 const BRUSH = 0.03; // the stroke's width, of the drawing's side: digits of all sizes have room for their loops
-const SENT_SIDE = 300; // pixels of the drawing as the server gets it, on every screen
+const SENT_SIDE = 300; // pixels of the drawing as it is read, on every screen
 const MARGIN = 10; // of them on each side stay white, so that what is drawn up to the edge is no printed line
-const LIVE_MS = 100; // from one question to the next while a stroke goes on
+const LIVE_MS = 100; // from an answer to the next question while a stroke goes on
 const EXAMPLE_MS = 450; // to draw an example's stroke
 // Matplotlib's cividis at equal steps: even steps to the eye, with any colour vision.
 const CIVIDIS = [[0, 34, 78], [26, 56, 111], [67, 78, 108], [97, 101, 111], [125, 124, 120],
@@ -26,7 +26,7 @@ let pen = null; // the pointer that draws
 let asked = 0; // number of the last question
 let shown = 0; // number of the question whose answer stands on the page
 let open = 0; // questions without an answer yet
-let askedAt = 0;
+let answeredAt = 0;
 let classNames = [];
 let words = {}; // for what the model tells apart: as in words.py, { one, many, strange, strange_key }
 const MOST_BARS = 5; // of other classes than digits: the likeliest
@@ -69,11 +69,8 @@ function redraw() {
   element("undo").disabled = element("clear").disabled = !strokes.length && !upload;
 }
 
-/**
- * The drawing as a picture file, dark on light whatever the colours of the page: a PGM file, since
- * toBlob writes a PNG file when the browser is idle, and that may be a second later.
- */
-function drawnPicture() {
+/** The drawing in SENT_SIDE x SENT_SIDE bytes, black on white whatever the colours of the page. */
+function drawnPixels() {
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = SENT_SIDE;
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -85,8 +82,9 @@ function drawnPicture() {
   context.clip();
   paint(context, side, "black");
   const { data } = context.getImageData(0, 0, SENT_SIDE, SENT_SIDE); // red, green, blue, alpha, ...
-  const grey = Uint8Array.from({ length: SENT_SIDE ** 2 }, (_, i) => data[4 * i]);
-  return new Blob([`P5 ${SENT_SIDE} ${SENT_SIDE} 255\n`, grey]);
+  const grey = new Uint8Array(SENT_SIDE ** 2);
+  for (let i = 0; i < grey.length; i++) grey[i] = data[4 * i];
+  return grey;
 }
 
 function clear() {
@@ -108,25 +106,19 @@ function undo() {
   askAboutDrawing(performance.now());
 }
 
-// ---- asking -------------------------------------------------------------------------------------
+// ---- asking: `reader`, of server.js or in_page.js, answers --------------------------------------
 
 function askAboutDrawing(since, final = true) {
-  askedAt = performance.now();
-  return ask("drawing", drawnPicture(), since, final);
+  return showAnswerTo(reader.readDrawing(drawnPixels(), SENT_SIDE), since, final);
 }
 
-/** Send a "drawing" or "picture"; show the answer unless a later one stands there already. */
-async function ask(subject, body, since, final = true) {
+/** Wait for an answer; show it unless that to a later question stands there already. */
+async function showAnswerTo(question, since, final = true) {
   const number = ++asked;
   open++;
-  let answer;
-  try {
-    const response = await fetch(`predict?${subject}`, { method: "POST", body });
-    answer = await response.json();
-  } catch {
-    answer = { error: "No answer came. Is demo.py still running?" };
-  }
+  const answer = await question;
   open--;
+  answeredAt = performance.now();
   if (number <= shown || (answer.error && !final)) return;
   shown = number;
   if (answer.error) {
@@ -310,7 +302,8 @@ function adapt({ image_size: size, preparation }) {
 }
 
 async function showModel() {
-  const model = await (await fetch("model")).json();
+  const model = await reader.describe();
+  if (model.error) return showNothing(model.error, true);
   [classNames, words] = [model.class_names, model.words];
   if (!readsDigits()) adapt(model);
   const bars = readsDigits() ? classNames : classNames.slice(0, MOST_BARS);
@@ -322,7 +315,7 @@ async function showModel() {
     return row;
   }));
   element("about").textContent = `The model: ${model.parameters.toLocaleString("en")} parameters, trained on ` +
-    `${model.dataset.replace(/^mnist$/, "MNIST")}, ${model.validation.toFixed(2)} % right in validation. Pictures are not stored.`;
+    `${model.dataset.replace(/^mnist$/, "MNIST")}, ${model.validation.toFixed(2)} % right in validation. ${reader.note}`;
   clear();
 }
 
@@ -347,7 +340,7 @@ drawing.addEventListener("pointermove", (event) => {
   const events = event.getCoalescedEvents?.() ?? [];
   strokes.at(-1).push(...(events.length ? events : [event]).map(place));
   redraw();
-  if (!open && performance.now() - askedAt > LIVE_MS) askAboutDrawing(performance.now(), false);
+  if (!open && performance.now() - answeredAt > LIVE_MS) askAboutDrawing(performance.now(), false);
 });
 
 for (const end of ["pointerup", "pointercancel"]) {
@@ -402,6 +395,7 @@ for (const button of document.querySelectorAll("#examples button")) {
 async function readFile(file) {
   const since = performance.now();
   clear();
+  if (!reader.readPicture) return showNothing(element("photos").textContent, true);
   const mine = sheet;
   const image = await createImageBitmap(file).catch(() => null); // the server may know more formats
   const body = image ? await fitting(file, image) : file;
@@ -411,7 +405,7 @@ async function readFile(file) {
   }
   [upload, finished] = [{ name: file.name, image }, true];
   redraw();
-  await ask("picture", body, since);
+  await showAnswerTo(reader.readPicture(body), since);
 }
 
 /** The file, or in place of a large one its image in MAX_SIDE pixels, as a PNG file. */
@@ -451,4 +445,8 @@ element("legend").querySelector("i").style.background =
   `linear-gradient(to right, ${CIVIDIS.map((color) => `rgb(${color})`)})`;
 new ResizeObserver(redraw).observe(element("pad"));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-showModel().catch(() => showNothing("No answer came. Is demo.py still running?", true));
+if (!reader.readPicture) {
+  hint = "Draw here";
+  [element("upload").hidden, element("photos").hidden] = [true, false];
+}
+showModel();
