@@ -150,8 +150,8 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     """How long `run` takes, until the device is done."""
     start = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - start
 
 

@@ -258,7 +258,9 @@ class Options:
         stored=False,
     )
     seed: int = recipe_flag(42, "of weights, order, augmentation, dropout", integer(0))
-    device: str = machine_flag("auto", "auto (CUDA, else CPU), cpu, cuda or cuda:N", stored=False)
+    device: str = machine_flag(
+        "auto", "auto (CUDA, else CPU), cpu, cuda, cuda:N, mps", stored=False
+    )
     precision: str = machine_flag(
         "auto",
         "of training's matrix products; auto: bf16 where the hardware has it",

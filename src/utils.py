@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.device import widest_float
 from common.distributed import SINGLE_PROCESS, World
 from common.progress import update_todo_md  # noqa: F401 re-exported
 from data.augment import Augment
@@ -218,11 +219,12 @@ def evaluate(
     model.eval()
     # A row for each batch, summed at the end, on the device: Python waits for a GPU only there, and
     # the sum has one order, however many processes there are.
-    rows = torch.zeros(len(loader), 3, dtype=torch.float64, device=device)
+    exact = widest_float(torch.device(device))
+    rows = torch.zeros(len(loader), 3, dtype=exact, device=device)
     for i, (images, labels) in loader.numbered(world.rank, world.size):
         logits, labels = model(images.to(device)), labels.to(device)
         hits = _top_hits(logits, labels, 5)
         batch = criterion(logits, labels) * len(labels), 100 * hits[:, 0].sum(), 100 * hits.sum()
-        rows[i] = torch.stack([value.double() for value in batch])
+        rows[i] = torch.stack([value.to(exact) for value in batch])
     model.train(training)
     return Metrics(*(world.sum(rows).sum(dim=0) / len(loader.split)).tolist())

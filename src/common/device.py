@@ -12,9 +12,13 @@ def choose_device(name: str) -> torch.device:
     """The device that `--device` names. Raises UserError if it is none or not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,3}))?", name):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    if name != "cpu" and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d{0,3}))?", name):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            f"--device mps: PyTorch {torch.__version__} finds no Apple GPU here; use --device cpu"
+        )
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
             f"--device {name}: PyTorch {torch.__version__} finds no CUDA GPU here; "
             "use --device cpu, or check the driver"
@@ -32,8 +36,13 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = _cpu_computes_bf16()
+        fast = device.type == "cpu" and _cpu_computes_bf16()
     return "bf16" if fast else "fp32"
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """What sums over many images are kept in: float64, which Apple's GPUs lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _cpu_computes_bf16() -> bool:
@@ -48,6 +57,8 @@ def describe_device(device: torch.device) -> str:
     """The device in words, for printed and written results."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "mps":
+        return f"mps ({platform.machine()})"
     return f"cpu ({platform.machine()}, {describe_threads()})"
 
 

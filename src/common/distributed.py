@@ -131,8 +131,10 @@ def device_of(world: World, device: torch.device) -> torch.device:
     Raises UserError if there are more processes than GPUs, or one GPU is named for several
     processes.
     """
-    if world.size == 1 or device.type != "cuda":
+    if world.size == 1 or device.type == "cpu":
         return device
+    if device.type == "mps":
+        raise UserError(f"--device mps with {world.size} processes: it is one GPU, start one")
     if device.index is not None:
         raise UserError(
             f"--device {device} with {world.size} processes: give --device cuda, each takes a GPU "

@@ -14,7 +14,7 @@ from saving.run_state import STATE_KEYS
 
 BEST, RAW_BEST = "best_model.pt", "best_model.raw.pt"
 # What belongs to a finished run beside its best model.
-RESULTS = (RAW_BEST, "history.json", "timing_cpu.txt", "timing_cuda.txt")
+RESULTS = (RAW_BEST, "history.json", "timing_cpu.txt", "timing_cuda.txt", "timing_mps.txt")
 
 
 def set_aside(folder: Path, new: dict[str, Any]) -> None:

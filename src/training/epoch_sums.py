@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from common.device import widest_float
 from common.distributed import World
 from utils import Batch
 
@@ -38,7 +39,7 @@ class EpochSums:
 
     @classmethod
     def zeros(cls, optimizer: Optimizer, device: torch.device) -> "EpochSums":
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        sums = torch.zeros(2, dtype=widest_float(device), device=device)
         first_bad = torch.zeros((), dtype=torch.int64, device=device)
         return cls(sums, sums.new_zeros(()), first_bad, [0.0] * len(optimizer.param_groups))
 
@@ -53,7 +54,8 @@ class EpochSums:
             loss: this process's share of the whole batch's mean.
             hits: how many of this process's images were classified right.
         """
-        self.loss_and_hits += torch.stack((loss.double() * batch.global_size, hits.double()))
+        loss, hits = loss.to(self.loss_and_hits.dtype), hits.to(self.loss_and_hits.dtype)
+        self.loss_and_hits += torch.stack((loss * batch.global_size, hits))
         self.images += len(batch.labels)
         self.grad_norm += grad_norm
 
@@ -99,7 +101,7 @@ class EpochSums:
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
         loss, hits, images = (float(value) * world.leads for value in state["sums"])
-        self.loss_and_hits.copy_(torch.tensor([loss, hits], dtype=torch.float64))
+        self.loss_and_hits.copy_(self.loss_and_hits.new_tensor([loss, hits]))
         self.images = int(images)
         self.grad_norm.fill_(state["grad_norm"])
         self.lrs = [float(lr) for _, lr in zip(self.lrs, state["lrs"], strict=True)]
