@@ -5,8 +5,8 @@
     python3 launch.py --nproc 2 train.py       # as two processes that share every batch
     python3 launch.py                          # what can be run
 
-The interpreter is the first of these that really imports PyTorch and torchvision and has the other
-dependencies in pyproject.toml: --python PATH or else $VIT_MNIST_PYTHON, the one running this file,
+The interpreter is the first of these that really imports PyTorch and has the other dependencies
+in pyproject.toml: --python PATH or else $VIT_MNIST_PYTHON, the one running this file,
 $VIRTUAL_ENV, .venv beside this file. If none has, .venv is made: on top of one that lacks only
 smaller packages, which is itself left as it is, or else complete. Only the standard library is
 needed, and syntax stays within Python 3.8, so that an old Python can still say that it is old.
@@ -144,11 +144,9 @@ def look_inside(requirements: list[str], thorough: bool) -> dict:
         return report
     try:
         torch = importlib.import_module("torch")
-        importlib.import_module("torchvision")
     except Exception as error:  # a library that does not fit raises anything: OSError, RuntimeError
-        pair = f"torch {versions['torch']} with torchvision {versions['torchvision']}"
         reason = " ".join(str(error).split())[:200]
-        return {**report, "failure": f"{pair} cannot be imported ({reason})"}
+        return {**report, "failure": f"torch {versions['torch']} cannot be imported ({reason})"}
     cuda = torch.version.cuda
     device = f"no GPU found (built for CUDA {cuda})" if cuda else "built without CUDA"
     if torch.cuda.is_available():

@@ -51,3 +51,12 @@ def test_what_reads_the_flags_imports_nothing_large():
         [sys.executable, "-c", code], cwd=SRC, capture_output=True, text=True, check=True
     )
     assert done.stdout == "set()\n"
+
+
+def test_inference_imports_nothing_large_that_it_may_not_need():
+    large = {"torchvision", "torch._dynamo", "sklearn", "scipy.stats"}  # each takes seconds
+    code = f"import sys, inference; print({large} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SRC, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"

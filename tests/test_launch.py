@@ -56,7 +56,7 @@ from types import SimpleNamespace
 version = SimpleNamespace(cuda=None)
 cuda = SimpleNamespace(is_available=lambda: False)
 """
-MISMATCH = "raise RuntimeError('operator torchvision::nms does not exist')"
+BROKEN = "raise OSError('libcudart.so.13: cannot open shared object file')"
 PARALLEL = ["-n", "auto", "--dist", "worksteal"]
 PYTEST = "if __name__ == '__main__': import os, sys; print(os.getcwd(), sys.argv[1:])"
 # As torch 2.10 is newer than 2.9 only when versions are compared as numbers.
@@ -116,12 +116,11 @@ def make_wheel(folder, name, version, code="", requires=()):
 def pythons(tmp_path_factory):
     """Interpreters that no test changes: name -> path."""
     folder = tmp_path_factory.mktemp("pythons")
-    mismatched = {**TORCHES, **SMALL, "torchvision": ("0.99.0", MISMATCH)}
     contents = {
         "bare": {},
         "good": {**TORCHES, **SMALL},
         "other": {**TORCHES, **SMALL},
-        "mismatched": mismatched,
+        "broken": {**TORCHES, **SMALL, "torch": ("2.11.0", BROKEN)},
         "old": {**TORCHES, **SMALL, "torch": ("2.9.1", TORCH)},
         "lacking": {**TORCHES, "numpy": SMALL["numpy"], "tinydep": ("1.1", "")},
     }
@@ -326,9 +325,9 @@ def test_interpreters_are_tried_in_order(project):
 
 def test_interpreters_of_no_use_are_skipped_with_the_reason(project):
     good, old = project.pythons["good"], "torch 2.9.1 is too old, the project needs torch >= 2.10"
-    mismatch = "torch 2.10.0+cu130 with torchvision 0.99.0 cannot be imported (operator"
+    broken = "torch 2.11.0 cannot be imported (libcudart.so.13"
     for name, reason in (
-        ("mismatched", mismatch),
+        ("broken", broken),
         ("old", f"{old} (before 2.10 loading a "),
         ("lacking", "it lacks tinydep>=1.2"),
     ):
@@ -497,9 +496,9 @@ def test_users_own_venv_without_torch_is_installed_into(project):
     assert call.endswith("torch >= 2.10 torchvision>=0.25.0 numpy tinydep>=1.2")
 
 
-def test_mismatch_in_the_projects_own_venv_is_repaired(project):
+def test_a_broken_pytorch_in_the_projects_own_venv_is_repaired(project):
     project.add_uv()
-    make_python(project.venv, {**TORCHES, "torchvision": ("0.25.0", MISMATCH)})
+    make_python(project.venv, {**TORCHES, "torch": ("2.10.0", BROKEN)})
     assert python_that_ran(project.run("show.py")) == project.python
     assert "--force-reinstall" in project.uv_calls()[0]
 

@@ -25,7 +25,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor
 
 from common.errors import UserError, is_out_of_memory
@@ -64,7 +63,6 @@ def versions() -> dict[str, str]:
         "vit-mnist": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": torchvision.__version__,
     }
 
 
