@@ -42,9 +42,10 @@ class PlainBlock(TransformerBlock):
     def __init__(self) -> None:
         super().__init__(dim=96, num_heads=4, dropout=0.1)
         self.attn = nn.MultiheadAttention(96, 4, dropout=0.1, batch_first=True)
-        self.mlp[2], self.mlp[4] = nn.Dropout(0.1), nn.Dropout(0.1)
+        fc1, gelu, _, fc2, _ = self.mlp
+        self.mlp = nn.Sequential(fc1, gelu, nn.Dropout(0.1), fc2, nn.Dropout(0.1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         y = self.norm1(x)
         x = x + self.attn(y, y, y, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))

@@ -46,26 +46,36 @@ class PatchEmbed(nn.Module):
                 f"expected images of {self.img_size}x{self.img_size}, got {tuple(x.shape)}"
             )
         x = self.proj(x)  # (B, D, img_size / patch_size, img_size / patch_size)
-        return x.flatten(2).transpose(1, 2)  # (B, N, D)
+        # Every later sum keeps this layout, and norms are slow in another.
+        return x.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
 
 
 class Dropout(nn.Dropout):
     """`nn.Dropout` (Srivastava et al., 2014) with masks that are cheap to draw on a CPU.
 
     PyTorch draws a Bernoulli number for each value, which on a CPU takes longer than all of this
-    network's matrix products. Here each value gets 16 random bits and is dropped where they are
-    among the lowest p of all, so p is rounded to 1/65536. The generator is PyTorch's own:
-    `torch.manual_seed` fixes the masks.
+    network's matrix products. Here each value gets 8 random bits and is dropped where they are
+    among the lowest p of all, so p is rounded to 1/256; near 0 or 1 it gets 16 bits. The generator
+    is PyTorch's own: `torch.manual_seed` fixes the masks.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+        if not self.draws(x):
             return super().forward(x)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
-        bits = words.random_(-(2**63), None).view(torch.int16)[: x.numel()].view(x.shape)
-        dropped = min(round(self.p * 65536), 65535)  # of 65536 equally likely values
-        keep = bits.ge_(dropped - 32768).to(x.dtype)  # in place: 0 or 1, as int16
-        return x * keep.mul_(65536 / (65536 - dropped))
+        keep, scale = self.mask(x)
+        return (x * keep).mul_(scale)
+
+    def draws(self, x: Tensor) -> bool:
+        """Whether values of x are dropped, and by a mask that is drawn here."""
+        return self.training and self.p > 0.0 and x.device.type == "cpu"
+
+    def mask(self, x: Tensor) -> tuple[Tensor, float]:
+        """Integers of x's shape, 0 where a value is dropped, else 1; and the scale 1 / (1 - p)."""
+        bits, dtype = (8, torch.int8) if 1 / 32 < self.p < 31 / 32 else (16, torch.int16)
+        words = torch.empty((x.numel() * bits + 63) // 64, dtype=torch.int64)
+        values = words.random_(-(2**63), None).view(dtype)[: x.numel()].view(x.shape)
+        dropped = min(round(self.p * 2**bits), 2**bits - 1)  # of 2^bits equally likely values
+        return values.ge_(dropped - 2 ** (bits - 1)), 2**bits / (2**bits - dropped)
 
 
 class Attention(nn.Module):
@@ -74,7 +84,7 @@ class Attention(nn.Module):
     Source: Vaswani et al., 2017, section 3.2.2; ViT, appendix A. Parameters are named and shaped
     as in `nn.MultiheadAttention`, so the checkpoints of one load in the other.
 
-    Shape: (B, T, D) -> (B, T, D).
+    Shape: (B, T, D) -> (B, T, D), or (B, queries, D), of the first tokens only.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`.
@@ -93,27 +103,47 @@ class Attention(nn.Module):
         # attention would begin all but uniform.
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         B, T, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3D)
         qkv = qkv.view(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D/H)
+        q = q[:, :, :queries]  # (B, H, Q, D/H), Q = T where `queries` is None
         if x.is_cuda:
             p = self.dropout.p if self.training else 0.0
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
         else:
             # Over so few tokens the formula itself is the fastest on a CPU: the fused kernel's
             # backward is slow in bf16, and so is softmax.
-            scores = q * (D // self.num_heads) ** -0.5 @ k.transpose(-2, -1)  # (B, H, T, T)
-            weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-            x = self.dropout(weights) @ v  # (B, H, T, D/H)
-        return self.out_proj(x.transpose(1, 2).reshape(B, T, D))
+            scores = q * (D // self.num_heads) ** -0.5 @ k.transpose(-2, -1)  # (B, H, Q, T)
+            weights = self.dropout(scores.softmax(dim=-1, dtype=torch.float32))
+            x = weights.to(v.dtype) @ v  # (B, H, Q, D/H)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, dropout, linear, dropout (ViT, section 3.1).
+
+    Shape: (B, T, D) -> (B, T, D).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, gelu, dropout, fc2, last_dropout = self
+        if not dropout.draws(x):
+            return super().forward(x)
+        # The same in fewer passes over the hidden values, which are the most. 10,000 is taken from
+        # what is dropped: there GELU and its derivative are 0. The weights are scaled, not the
+        # values, which in bf16 would round the scale.
+        hidden = fc1(x)  # (B, T, 4D)
+        keep, scale = dropout.mask(hidden)
+        hidden = torch.add(hidden, keep.sub_(1), alpha=1e4)
+        return last_dropout(F.linear(gelu(hidden), fc2.weight * scale, fc2.bias))
 
 
 class TransformerBlock(nn.Module):
     """A pre-norm encoder block: x + attention(norm(x)), then x + MLP(norm(x)) (ViT, eqs. 2 and 3).
 
-    Shape: (B, T, D) -> (B, T, D).
+    Shape: (B, T, D) -> (B, T, D), or (B, queries, D), of the first tokens only.
     """
 
     def __init__(
@@ -124,7 +154,7 @@ class TransformerBlock(nn.Module):
         self.attn = Attention(dim, num_heads, dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         hidden_dim = round(dim * mlp_ratio)
-        self.mlp = nn.Sequential(
+        self.mlp = MLP(
             nn.Linear(dim, hidden_dim),
             nn.GELU(),
             Dropout(dropout),
@@ -132,8 +162,8 @@ class TransformerBlock(nn.Module):
             Dropout(dropout),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        x = x[:, :queries] + self.attn(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
 
 
@@ -255,9 +285,10 @@ class ViT(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """What the head reads: (B, in_chans, img_size, img_size) -> (B, D)."""
         x = self.embed(x)  # (B, T, D)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.pooled(x)
+        # Of the last block's tokens only CLS is read.
+        return self.pooled(self.blocks[-1](x, queries=1 if self.pool == "cls" else None))
 
     def pooled(self, x: Tensor) -> Tensor:
         """What the head reads of the last block's tokens: (B, T, D) -> (B, D)."""

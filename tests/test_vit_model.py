@@ -56,7 +56,7 @@ def test_patches_are_projected_one_by_one_in_reading_order():
     embed = PatchEmbed(img_size=28, patch_size=7, in_chans=1, embed_dim=8)
     image = torch.randn(1, 1, 28, 28)
     tokens = embed(image)
-    assert tokens.shape == (1, 16, 8)
+    assert tokens.shape == (1, 16, 8) and tokens.is_contiguous()
     patch = image[0, 0, 7:14, 14:21]  # second row, third column: number 6
     expected = embed.proj.weight.view(8, 49) @ patch.flatten() + embed.proj.bias
     torch.testing.assert_close(tokens[0, 6], expected)
@@ -92,6 +92,24 @@ def test_only_the_cls_token_is_read():
     model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(torch.randn(2, 1, 28, 28))
     assert seen[0].shape == (2, 96)
+
+
+def test_where_cls_is_read_the_last_block_computes_nothing_else():
+    torch.manual_seed(0)
+    model = ViT(depth=2, dropout=0.0)
+    images, seen = torch.randn(3, 1, 28, 28), []
+    model.blocks[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    ours = model(images)
+    x = model.embed(images)
+    for block in model.blocks:
+        x = block(x)
+    whole = model.head(model.pooled(x))
+    torch.testing.assert_close(ours, whole)
+    gradients = (
+        torch.autograd.grad(out.square().sum(), model.parameters()) for out in (ours, whole)
+    )
+    torch.testing.assert_close(*gradients)
+    assert seen == [(3, 1, 96), (3, 17, 96)]
 
 
 def test_mean_pooling_averages_the_patches_and_has_no_cls_token():
@@ -147,15 +165,33 @@ def test_initialisation():
     assert bound * 0.99 < packed.abs().max().item() <= bound
 
 
-@pytest.mark.parametrize("shape", [(128, 17, 96), (3, 5, 7)])
-def test_dropout_drops_p_of_the_values_and_scales_the_rest(shape):
+@pytest.mark.parametrize(
+    ("p", "exact"), [(0.1, 26 / 256), (0.5, 0.5), (0.9, 230 / 256), (0.01, 655 / 65536)]
+)
+def test_dropout_drops_p_of_the_values_and_scales_the_rest(p, exact):
     torch.manual_seed(0)
-    dropout, x = Dropout(0.1), torch.ones(shape)
-    out = dropout(x)
-    assert set(out.unique().tolist()) == {0.0, out.max().item()}
-    assert out.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
-    tolerance = 4 * math.sqrt(0.1 * 0.9 / x.numel())
-    assert (out == 0).float().mean().item() == pytest.approx(0.1, abs=tolerance)
+    dropout = Dropout(p)
+    dropped = torch.stack([dropout(torch.ones(1001, 999)) for _ in range(3)]) == 0
+    assert dropped.float().mean().item() == pytest.approx(exact, abs=deviation(dropped))
+    # Each value is drawn by itself: its neighbours and the other masks tell nothing about it.
+    for other in (dropped[:, 1:], dropped[:, :, 1:], dropped[:, 8:], dropped[1:]):
+        same = dropped[: len(other), : other.shape[1], : other.shape[2]] & other
+        assert same.float().mean().item() == pytest.approx(exact**2, abs=deviation(same))
+    out = dropout(torch.ones(3, 5, 7, dtype=torch.float64))
+    assert set(out.unique().tolist()) <= {0.0, 1 / (1 - exact)}
+
+
+def deviation(values: torch.Tensor) -> float:
+    """Four standard deviations of the mean of so many values that are 0 or 1."""
+    return 4 * values.float().std().item() / math.sqrt(values.numel())
+
+
+def test_dropout_is_unbiased_in_bf16_too():
+    torch.manual_seed(0)
+    x = torch.rand(1000, 1000).add(0.5).bfloat16()
+    out = Dropout(0.1)(x).float()
+    factor = out.sum() / x.float()[out != 0].sum()
+    assert factor.item() == pytest.approx(256 / 230, rel=1e-4)
 
 
 def test_dropout_repeats_with_the_seed_and_sends_gradients_through_what_it_kept():
@@ -166,6 +202,32 @@ def test_dropout_repeats_with_the_seed_and_sends_gradients_through_what_it_kept(
     assert torch.equal(dropout(x), first) and not torch.equal(first, second)
     first.sum().backward()
     assert torch.equal(x.grad, first.detach())
+
+
+def test_the_mlp_equals_its_layers_one_by_one_with_the_same_masks():
+    torch.manual_seed(0)
+    mlp, x = TransformerBlock(8, 2, dropout=0.3).mlp.double(), torch.randn(4, 5, 8).double()
+    x.requires_grad_()
+
+    def in_training(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return mlp(x)
+
+    def layer_by_layer(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        for layer in mlp:
+            x = layer(x)
+        return x
+
+    results = []
+    for function in (in_training, layer_by_layer):
+        out = function(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, *mlp.parameters()))))
+    assert (in_training(x) != mlp.eval()(x)).all()
+    mlp.train()
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
+    assert torch.autograd.gradcheck(in_training, x)
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-9, 0.9999999])
