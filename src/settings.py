@@ -17,7 +17,6 @@ from typing import Any
 from common import cli
 from common.cli import integer, number, printable
 from common.errors import UserError
-from common.files import read_bytes
 from data.catalog import NAMED_SETS, PREPARATIONS
 from recipes import DATASET_SETTINGS, RECIPES
 
@@ -326,6 +325,8 @@ def read_config(path: Path) -> dict[str, Any]:
     started again. Raises UserError if the file can't be read, or names a flag or a value that there
     isn't.
     """
+    from common.files import read_bytes  # needs a package, and --version none
+
     try:
         content, is_toml = read_bytes(path), path.suffix == ".toml"
         flags = _flags_of_toml(content) if is_toml else _flags_of_run(json.loads(content)["run"])

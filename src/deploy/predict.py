@@ -22,7 +22,7 @@ from saving.checkpoint import image_shape
 from utils import images_at_once
 from vit_model import ViT
 
-BATCH_SIZE = 256  # pictures that are open at once
+BATCH_SIZE = 256
 MAX_SIDE = 1024  # pixels of a prepared picture, as for --img_size: a file's model may want more
 
 
@@ -44,7 +44,8 @@ def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predi
     """
     device, calibration = next(model.parameters()).device, checkpoint["calibration"]
     parts = []
-    for batch in torch.from_numpy(images).split(images_at_once(images.shape[-1])):
+    size = min(BATCH_SIZE, images_at_once(images.shape[-1]))
+    for batch in torch.from_numpy(images).split(size):
         logits, vectors = confidence.read(model, normalize(batch.to(device), checkpoint))
         probabilities = (logits / calibration["temperature"]).softmax(dim=1)
         parts.append((probabilities.cpu(), confidence.is_strange(vectors, calibration)))

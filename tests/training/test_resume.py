@@ -61,7 +61,7 @@ def assert_same_run(folder: Path, reference: Path) -> None:
         "--optimizer Muon --ema_decay 0.9 --head_lr 1e-3 --grad_accum_steps 3",
         "--swa_start 2 --swa_lr 1e-3 --scheduler onecycle --optimizer SGD(momentum=0.9)",
         "--optimizer LBFGS(lr=0.1,max_iter=3) --precision fp32 --scheduler plateau",
-        "--recipe fast --warmup_epochs 1 --num_workers 2 --elastic 1 --pool mean",
+        "--recipe fast --ema_decay 0.5 --warmup_epochs 1 --num_workers 2 --elastic 1 --pool mean",
         "--mixup 0.4 --cutmix 1 --class_weights auto --random_crop 2 --rand_augment 2",
         "--marks 0.3 --noise 0.5 --rand_conv 0.4 --keep_clean 0.1 --augmix 0.4 --num_workers 2",
     ],
