@@ -13,6 +13,7 @@ from tqdm import tqdm
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
+from data.catalog import NAMED_SETS
 from settings import add_flags
 
 # The call, and the flags that it needs beside COMMON.
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=cli.integer(1), default=128, help="images per step")
     parser.add_argument("--train_samples", type=cli.integer(1), default=54_000, help="images")
     add_flags(parser, ("data_dir", "device"))
+    parser.set_defaults(data_dir=NAMED_SETS["mnist"].data_dir)
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)

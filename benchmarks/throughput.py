@@ -27,6 +27,7 @@ import utils
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
+from data.catalog import NAMED_SETS
 from data.load import load_dataset
 from settings import Settings, add_flags
 from training.speed import compile_network, keep_freed_memory
@@ -140,6 +141,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="as train")
     add_flags(parser, ("data_dir", "device"))
+    parser.set_defaults(data_dir=NAMED_SETS["mnist"].data_dir)
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)

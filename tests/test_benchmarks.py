@@ -35,9 +35,9 @@ SCRIPTS = sorted(p.name for p in BENCHMARKS.glob("*.py") if "def main(" in p.rea
 SHORT = {
     "roofline.py": "--recipe fast --turns 1",
     "disturbances.py": f"--turns 1 --data_dir {MNIST}",
-    "throughput.py": f"--steps 1 --turns 1 --batch_size 8 --data_dir {MNIST}",
+    "throughput.py": "--steps 1 --turns 1 --batch_size 8",  # in ./mnist
     "scaling.py": f"--processes 2 --steps 1 --data_dir {MNIST}",
-    "optimizers.py": f"--only sgd --train_samples 200 --data_dir {MNIST}",
+    "optimizers.py": "--only sgd --train_samples 200",
     "accuracy.py": f"--seeds 2 --epochs 1 --data_dir {MNIST} "
     "'--flags=--train_samples 200 --depth 1 --embed_dim 16'",
 }
@@ -61,7 +61,8 @@ def test_every_benchmark_explains_itself_and_errs_in_one_line(bench, script):
 @pytest.mark.parametrize("script", SHORT)
 def test_a_benchmark_prints_its_table(script):
     command = [sys.executable, BENCHMARKS / script, *shlex.split(SHORT[script]), "--device", "cpu"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = done.stdout
     title, command, machine, header, line, *rows = [each for each in printed.splitlines() if each]
     assert title.startswith("### ") and command.startswith(f"`python benchmarks/{script} ")
     assert re.search(r"\d{4}-\d\d-\d\d; .*commit.*, \d+ threads?; Python .*, PyTorch ", machine)
