@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -36,7 +37,7 @@ from deploy.flags import add_checkpoint  # noqa: E402
 from optim import clip_gradients  # noqa: E402
 from saving.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
 from settings import add_flags  # noqa: E402
-from train import forward_backward  # noqa: E402
+from train import forward_backward, patch_drop_in  # noqa: E402
 from utils import Batch, BatchLoader  # noqa: E402
 from vit_model import ViT  # noqa: E402
 
@@ -104,8 +105,8 @@ def training_flops(history: dict[str, Any]) -> float:
     side = model.patch_embed.img_size
     image = torch.empty(1, history["model_config"]["in_chans"], side, side, device="meta")
     epochs, flops = history["settings"]["epochs"], 0
-    dropping = 2 * epochs // 3  # the epochs that leave patches out, see train.py
-    for share, passes in ((model.patch_drop, dropping), (0.0, epochs - dropping)):
+    shares = [patch_drop_in(epoch, epochs, model.patch_drop) for epoch in range(1, epochs + 1)]
+    for share, passes in Counter(shares).items():
         model.patch_drop = share
         with FlopCounterMode(display=False) as counter:
             model(image)

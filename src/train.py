@@ -121,8 +121,7 @@ def train(
     with run:  # Ctrl-C saves and ends the script; a step that is not finite ends it unsaved
         for epoch in run.epochs():
             model.train()
-            # The last third of the epochs sees whole images, as the test does.
-            model.patch_drop = settings.patch_drop if 3 * epoch <= 2 * settings.epochs else 0.0
+            model.patch_drop = patch_drop_in(epoch, settings.epochs, settings.patch_drop)
             for batch in map(mix, run.batches(train_loader)):
                 loss, hits = compute_gradients(batch)  # zero_grad, forward, backward
                 grad_norm = clip_gradients(optimizer, settings.grad_clip)
@@ -139,6 +138,13 @@ def train(
             schedule.step_epoch(validation.loss)
             run.end_epoch(validation)  # writes last.pt, and best_model.pt if it is the best so far
     run.finish(evaluate(run.best_model(), test_loader, criterion, device, world))
+
+
+def patch_drop_in(epoch: int, epochs: int, share: float) -> float:
+    """The share of the patches that an epoch, counted from 1, leaves out: none in the last third,
+    which sees whole images as the test does.
+    """
+    return share if 3 * epoch <= 2 * epochs else 0.0
 
 
 def describe_model(settings: Settings, dataset: Dataset) -> dict[str, Any]:
