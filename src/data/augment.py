@@ -112,6 +112,6 @@ class Augment:
         if self.rand_augment:
             which = below(len(CHANGES), self.rand_augment)
             images = rand_augment(images, which, symmetric(self.rand_augment))
-        if self.shares:
-            images = disturb(images, self.shares, generator, self.keep_clean, self.augmix)
+        if shares := self.shares:
+            images = disturb(images, shares, generator, self.keep_clean, self.augmix)
         return erase(images, uniform(5), self.erase) if self.erase else images
