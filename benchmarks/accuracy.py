@@ -7,7 +7,7 @@ The first of the two times is that of the epochs, from compiling and the first t
 last validation, without what is written between them; the second is the process's from start to
 end, importing, loading, testing and drawing included. What holds on any machine are the FLOPs of
 training, see `report.training_flops`; beside them stands their rate in the first time, as a share
-of the machine's peak, which is measured before each run.
+of the machine's peak, which is measured after each run.
 
     python benchmarks/accuracy.py --recipe best --dataset folder --data_dir photos --seeds 5
 """
@@ -44,11 +44,6 @@ class Measured(NamedTuple):
 
 
 def train(seed: int, epochs: int, args: Namespace, more: list[str]) -> Measured:
-    device = choose_device(args.device)
-    peaks = {
-        "fp32": report.matmul_peak(torch.float32, device),
-        "bf16": report.matmul_peak(torch.bfloat16, device),
-    }
     start = time.perf_counter()
     data_dir = ("--data_dir", args.data_dir) if args.data_dir else ()
     history = report.train(
@@ -58,7 +53,8 @@ def train(seed: int, epochs: int, args: Namespace, more: list[str]) -> Measured:
     whole = time.perf_counter() - start
     seconds = sum(row["seconds"] for row in history["epochs"])
     flops = report.training_flops(history)
-    of_peak = flops / seconds / peaks[history["precision"]]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[history["precision"]]
+    of_peak = flops / seconds / report.matmul_peak(dtype, choose_device(args.device))
     test, val = (history["test"][name] for name in ("top1", "best_val_acc"))
     return Measured(test, val, seconds, whole, flops, of_peak)
 
