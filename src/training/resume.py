@@ -124,10 +124,11 @@ def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict
     """
     wanted = [name for name in PATHS if name not in given]
     try:
-        told = json.loads(_read_text(source.with_name(PATHS_FILE)))
+        # Earlier versions did not keep cache_dir.
+        told = {"cache_dir": None} | json.loads(_read_text(source.with_name(PATHS_FILE)))
         about = told["folder"], told["fingerprint"]
         if about == (str(source.parent.resolve()), run["fingerprint"]):
-            found = {name: told[name] for name in wanted if name in told or name != "cache_dir"}
+            found = {name: told[name] for name in wanted}
             return {name: p and FLAGS[name].metadata["type"](p) for name, p in found.items()}
         reason = "was written for another folder or run"
     except (ValueError, LookupError, TypeError, RecursionError):
