@@ -125,15 +125,19 @@ class EventLog:
         """
         if self._writer is None:
             return
+        from torch.utils.tensorboard.summary import hparams
+
         end = self.step + 1
         test = {f"test/{name}": history["test"][name] for name in ("loss", "top1", "top5")}
         attention = _attention_figure(model, test_loader, class_names)
         with self._writing():
             self._writer.add_figure("curves", figures.training_curves(history), end)
             self._writer.add_figure("attention", attention, end)
-            self._writer.flush()
-            # Into a file beside the other, which TensorBoard reads as one.
-            self._writer.add_hparams(self.settings, test, run_name=".", global_step=end)
+            self._add_scalars(test, end)
+            # Not by add_hparams, which opens a second file: read in the wrong order, it would lose
+            # to the purge of the first.
+            for summary in hparams(self.settings, test):
+                self._writer.file_writer.add_summary(summary)
             self._writer.close()
 
     def _add_scalars(self, numbers: Mapping[str, float], step: int) -> None:
