@@ -41,6 +41,7 @@ def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 # What tells one run from another; the machine doesn't, so that machines can be compared.
 IDENTITY = ("recipe", "dataset", "seed", "train_samples", "settings")
+OF_FOLDER = tuple(sorted(NEW - {"cache_dir"}))
 
 
 def fingerprint(run: Mapping[str, Any], images: bytes = b"") -> str:
@@ -49,5 +50,6 @@ def fingerprint(run: Mapping[str, Any], images: bytes = b"") -> str:
     Args:
         images: what tells its images from others under the same name: a folder's `trained_on`.
     """
-    text = json.dumps([run[name] for name in IDENTITY], sort_keys=True)
+    names = IDENTITY + OF_FOLDER if run["dataset"] == "folder" else IDENTITY
+    text = json.dumps([run[name] for name in names], sort_keys=True)
     return hashlib.sha256(text.encode() + images).hexdigest()[:12]

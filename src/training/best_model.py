@@ -21,18 +21,18 @@ def set_aside(folder: Path, new: dict[str, Any]) -> None:
     """Move another run's best model out of the way, with its history and timings, and say so.
 
     They go to a folder in `folder`, named after the time when the model was written. The model of a
-    run with the same settings on the same data set stays: it is to be replaced. Raises UserError if
+    run with the same settings on the same images stays: it is to be replaced. Raises UserError if
     they can't be moved.
 
     Args:
-        new: the checkpoint that will take the place, with `dataset` and `settings`.
+        new: the checkpoint that will take the place, with `dataset`, `settings` and `fingerprint`.
     """
     best_path = folder / BEST
     if not best_path.exists():
         return
     try:
         old = read_checkpoint(best_path)
-        if all(old[name] == new[name] for name in ("dataset", "settings")):
+        if all(old[name] == new[name] for name in ("dataset", "settings", "fingerprint")):
             return
         what = f"the best model of another run ({old['best_acc']:.2f} % of its validation images)"
     except (UserError, LookupError, TypeError, ValueError, RuntimeError):  # or not comparable

@@ -19,7 +19,7 @@ from data.dataset import Dataset
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule
 from saving.checkpoint import FORMAT, read_checkpoint, save_checkpoint, versions
-from saving.stored_settings import fingerprint, to_stored
+from saving.stored_settings import OF_FOLDER, fingerprint, to_stored
 from settings import Options, Settings
 from training import resume
 from training.best_model import BEST, keep_raw_best, restore_best, set_aside
@@ -92,7 +92,7 @@ class RunFiles:
             "train_samples": options.train_samples,
         }
         if self.dataset.source == "folder":
-            settings |= {"val_split": options.val_split, "test_split": options.test_split}
+            settings |= {name: self.run[name] for name in OF_FOLDER}
         self.about = {  # what all files tell of the run
             "dataset": self.dataset.name,
             "source": self.dataset.source,
