@@ -62,8 +62,7 @@ def load_data(
     how_to_load = options.data_dir, section_of(options, "folder"), world
     if saved:
         dataset = load_on_all_processes(saved.dataset, *how_to_load)
-        check_same_images(saved, dataset)
-        return saved.settings, dataset, None
+        return saved.settings, check_same_images(saved, dataset), None
     expected = "mnist" if options.dataset == "auto" else options.dataset
     check_data_flags(expected, given)
     trained = read_on_all_processes(given.get("init_from"), given.get("num_heads"), world)
@@ -72,9 +71,10 @@ def load_data(
     check_calls(settings.optimizer, settings.scheduler, swa_lr=settings.swa_lr, given=given)
     # Who names a folder wants what is in it: then the digits don't replace a missing MNIST.
     name = expected if "data_dir" in given else options.dataset
-    dataset = load_on_all_processes(name, *how_to_load)
-    img_size = dataset.image_shape[-1]
-    return resolve(options.recipe, dataset.source, given, img_size, sizes), dataset, trained
+    dataset = load_on_all_processes(name, *how_to_load).after(trained and trained.trained_on)
+    known = {"img_size": dataset.image_shape[-1], "trained": sizes}
+    known["images"] = len(dataset.train[: options.train_samples].labels)
+    return resolve(options.recipe, dataset.source, given, **known), dataset, trained
 
 
 def train(

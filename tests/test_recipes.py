@@ -146,6 +146,33 @@ def test_patches_are_the_files_where_they_fit_the_image(img_size, of_file, by_ha
     assert settings.patch_size == expected
 
 
+@pytest.mark.parametrize(
+    ("img_size", "by_hand", "expected"),
+    [(32, {}, 4), (64, {}, 4), (96, {}, 6), (224, {}, 14), (224, {"patch_size": 4}, 4)],
+)
+def test_a_large_image_has_at_most_16_patches_a_side(img_size, by_hand, expected):
+    assert resolve("cifar", "folder", by_hand, img_size).patch_size == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "images", "by_hand", "expected"),
+    [
+        ("cifar", 45_000, {}, 0.995),
+        ("best", 54_000, {}, 0.999),
+        ("fast", 54_000, {}, 0.99),
+        ("cifar", 500, {}, 0.9667),  # 120 steps, of which it spans 30
+        ("cifar", 500, {"ema_decay": 0.995}, 0.995),
+        ("cifar", 20, {"epochs": 8}, None),
+        ("article", 500, {}, None),
+    ],
+)
+def test_a_short_run_has_a_short_average(recipe, images, by_hand, expected):
+    settings = resolve(recipe, "folder", by_hand, 32, images=images)
+    assert settings.ema_decay == expected
+    again = resolve(recipe, "folder", asdict(settings), 32)  # as a run is resumed
+    assert again == settings
+
+
 def test_a_linear_probe_needs_a_trained_model_and_drops_nothing():
     probe = FROM | {"freeze": "backbone"}
     settings = resolve("article", "mnist", probe, trained=TRAINED)

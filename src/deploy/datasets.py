@@ -87,9 +87,11 @@ def load_own_set(
             f"{some(found[1], 10)}"
         )
     known = checkpoint.get("trained_on")
-    if known is not None and not torch.equal(known, dataset.trained_on):
+    if known is None:
+        return dataset
+    if (same := dataset.as_known_to(known)) is None:
         raise UserError(f"the images in {data_dir} are not those that {path} was trained on")
-    return dataset
+    return same
 
 
 def is_labelled(data_dir: str | Path, class_names: Sequence[str]) -> bool:

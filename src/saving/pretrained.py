@@ -46,6 +46,7 @@ class Pretrained:
         config: the arguments of `ViT` that make such a model; `num_classes` is 0 without a head.
         state: its weights by our names, float32.
         class_names: None if the file tells none.
+        trained_on: which images of a folder it was trained on, as in `Dataset`; None: not known.
     """
 
     file: str
@@ -53,6 +54,7 @@ class Pretrained:
     config: dict[str, Any]
     state: dict[str, Tensor]
     class_names: tuple[str, ...] | None
+    trained_on: Tensor | None = None
 
     def load_into(self, model: ViT, class_names: Sequence[str]) -> str:
         """Put the weights into a model of the same width and depth.
@@ -197,7 +199,8 @@ def _from_checkpoint(path: Path) -> Pretrained:
     model, checkpoint = load_checkpoint(path)
     config = {"pos_embed": "learned", **checkpoint["model_config"]}
     class_names = tuple(checkpoint["class_names"])
-    return Pretrained(path.name, OURS, config, model.state_dict(), class_names)
+    trained_on = checkpoint.get("trained_on")
+    return Pretrained(path.name, OURS, config, model.state_dict(), class_names, trained_on)
 
 
 def _from_state_dict(path: Path, num_heads: int | None) -> Pretrained | None:

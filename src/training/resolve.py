@@ -5,6 +5,8 @@ Needs no PyTorch.
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -14,6 +16,9 @@ from settings import Options, Settings
 
 # Sizes of the network that a trained model to start from fixes; its patches can be resampled.
 FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
+MOST_PATCHES = 16  # a side, unless a flag asks for more
+# A run's average of weights spans at most this share of its steps, as the start must not be in it.
+SPAN = 0.25
 # The families of data/disturb.py, which --keep_clean and --augmix are about.
 DISTURBANCES = ("stroke", "marks", "background", "light", "invert", "rand_conv", "blur", "noise")
 
@@ -53,7 +58,7 @@ def _has_classes(folder: str) -> bool:
     from data.listing import list_images  # slow: it imports NumPy
 
     try:
-        return bool(list_images(folder).files)
+        return not Path(folder, "MNIST").is_dir() and bool(list_images(folder).files)
     except UserError:  # whoever reads the data set there says what is wrong
         return False
 
@@ -64,6 +69,7 @@ def resolve(
     given: Mapping[str, Any],
     img_size: int | None = None,
     trained: Mapping[str, Any] | None = None,
+    images: int | None = None,
 ) -> Settings:
     """The settings of a run: the defaults, what replaces them in the recipe, what the data set asks
     for, the sizes of a model to start from, what was given by hand. Raises UserError if the
@@ -74,6 +80,7 @@ def resolve(
         given: flags by name; those that are no settings are left out.
         img_size: side of the images; None: that of a named set, not yet known of a folder.
         trained: arguments of `ViT` of the model that --init_from names.
+        images: how many there are to train; None: not yet known.
     """
     names = {f.name for f in fields(Settings)}
     given = {name: value for name, value in given.items() if name in names}
@@ -101,6 +108,8 @@ def resolve(
             f"--mlp_ratio {s.mlp_ratio} is too small for --embed_dim {s.embed_dim}: an MLP would "
             "have no neuron; raise one of them"
         )
+    if images and s.ema_decay and "ema_decay" not in given:
+        s = replace(s, ema_decay=_short_enough(s.ema_decay, s.epochs * ceil(images / s.batch_size)))
     if s.epochs == 1:
         if given.get("patch_drop"):
             raise UserError(
@@ -136,16 +145,29 @@ def _fit_to_images(s: Settings, img_size: int, given: Mapping[str, Any]) -> Sett
             f"--random_crop {s.random_crop} reflects more pixels than the image's side of "
             f"{img_size} has: give at most {img_size - 1}"
         )
-    if img_size % s.patch_size == 0:
-        return s
+    fits = img_size % s.patch_size == 0
     divisors = [n for n in range(1, img_size + 1) if img_size % n == 0]
-    if "patch_size" in given:
+    if "patch_size" in given and not fits:
         raise UserError(
             f"--patch_size {s.patch_size} does not divide the image's side of {img_size}: "
             f"give {', '.join(map(str, divisors[:-1]))} or {img_size}"
         )
-    # As near as can be to 8 x 8 patches.
-    return replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - 8)))
+    if not fits:  # as near as can be to 8 x 8 patches
+        return replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - 8)))
+    if "patch_size" not in given and not s.init_from and img_size // s.patch_size > MOST_PATCHES:
+        # Attention's cost grows with the fourth power of the patches a side.
+        side = min(n for n in divisors if img_size // n <= MOST_PATCHES)
+        return replace(s, patch_size=side)
+    return s
+
+
+def _short_enough(ema_decay: float, steps: int) -> float | None:
+    """A recipe's decay, lowered for a run of few steps; None if they are too few for an average.
+
+    An average of decay d spans 1 / (1 - d) steps, and keeps d^n of the start after n.
+    """
+    longest = SPAN * steps
+    return min(ema_decay, round(1 - 1 / longest, 4)) if longest > 2 else None
 
 
 def _sizes_of_trained(

@@ -181,20 +181,23 @@ def go_on(
     return options, SavedRun(path, content, settings, content["run"]["dataset"])
 
 
-def check_same_images(saved: SavedRun, dataset: Dataset) -> None:
-    """Raise UserError unless a folder still has the images and classes that the run began with."""
+def check_same_images(saved: SavedRun, dataset: Dataset) -> Dataset:
+    """The data set as the run had it. Raises UserError unless a folder still has the images and
+    classes that the run began with.
+    """
     if dataset.trained_on is None:
-        return
+        return dataset
     content = saved.content
     shape = tuple(content["model_config"][name] for name in ("in_chans", "img_size"))
     with refusing(saved.path):
-        same = torch.equal(content["trained_on"], dataset.trained_on)
-    same &= content["class_names"] == list(dataset.class_names)
-    if not same or shape != dataset.image_shape[:2]:
+        same = dataset.as_known_to(content["trained_on"])
+    same_classes = content["class_names"] == list(dataset.class_names)
+    if same is None or not same_classes or shape != dataset.image_shape[:2]:
         raise UserError(
             f"the images in {dataset.name} are not those that the run in {saved.path} was trained "
             "on: put these back, or leave --resume out to start a new run"
         )
+    return same
 
 
 def note_unfinished(folder: Path) -> None:
