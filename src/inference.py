@@ -15,7 +15,8 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -48,7 +49,7 @@ from utils import BatchLoader, accuracy, images_at_once
 from vit_model import ViT
 
 # Exports share their default names.
-REPLACED = "Replaced: {}, which was there (--output names another file)"
+SCORED = ("sha256", "dataset", "data_dir")  # what tells one evaluation from another
 MAPPED_IMAGES = 2000  # enough to see the classes; t-SNE of all 10,000 takes a minute
 
 
@@ -236,7 +237,7 @@ def report(task: Task) -> None:
 
 
 def score(task: Task) -> None:
-    """Score on the test set, as training ends; an evaluation of another checkpoint is kept."""
+    """Score on the test set, as training ends; an evaluation of another model or set is kept."""
     smoothing, dataset = task.checkpoint["settings"]["label_smoothing"], task.scored[0]
     outputs, path = task.outputs, task.args.output
     logits, labels = torch.from_numpy(outputs.logits), torch.from_numpy(outputs.labels)
@@ -253,6 +254,8 @@ def score(task: Task) -> None:
         "checkpoint": task.args.checkpoint,
         "sha256": digest,
         "dataset": dataset,
+        "data_dir": task.args.data_dir,
+        "images": len(labels),
         "loss": loss,
         "label_smoothing": smoothing,
         "cross_entropy": outputs.cross_entropy,
@@ -261,17 +264,18 @@ def score(task: Task) -> None:
         "top5": top5,
     }
     keep = None
-    if not _is_evaluation_of(digest, path):
+    if not _is_evaluation_of({name: result[name] for name in SCORED}, path):
         numbered = (path.with_stem(f"{path.stem}.{i}") for i in count(1))
         keep = next(name for name in numbered if not name.exists())
-        print(f"Kept: {path}, which is of another checkpoint, as {keep}")
+        print(f"Kept: {path}, which is of another checkpoint or other images, as {keep}")
     write_json(path, result, keep)
 
 
-def _is_evaluation_of(digest: str, path: Path) -> bool:
-    """Whether the file at `path` is of the checkpoint with this SHA-256, or there is none."""
+def _is_evaluation_of(scored: Mapping[str, Any], path: Path) -> bool:
+    """Whether the file at `path` is of the same checkpoint and images, or there is none."""
     try:
-        return json.loads(path.read_bytes())["sha256"] == digest
+        before = json.loads(path.read_bytes())
+        return all(before[name] == value for name, value in scored.items())
     except FileNotFoundError:
         return True
     except (LookupError, OSError, RecursionError, TypeError, ValueError):
@@ -323,25 +327,30 @@ def load_images(task: Task, needed_by: str | None = None) -> Dataset | None:
 
 def write_export(path: Path, content: bytes) -> None:
     """Write a file under a name that several models share by default."""
-    if path.exists():
-        print(REPLACED.format(path))
-    with atomic_write(path) as temporary:
+    with telling_replaced(path), atomic_write(path) as temporary:
         temporary.write_bytes(content)
+
+
+@contextmanager
+def telling_replaced(path: Path) -> Iterator[None]:
+    """Say after the block that a file was there before."""
+    was_there = path.exists()
+    yield
+    if was_there:
+        print(f"Replaced: {path}, which was there (--output names another file)")
 
 
 def write_weights(task: Task) -> None:
     """Write the weights for others: as a file of safetensors, or by timm's names."""
     path, model, checkpoint = task.args.output, task.model.cpu(), task.checkpoint
-    was_there = path.exists()
-    if task.args.mode == "safetensors":
-        write_safetensors(path, model.state_dict(), checkpoint)
-    else:
+    with telling_replaced(path):
+        if task.args.mode == "safetensors":
+            write_safetensors(path, model.state_dict(), checkpoint)
+            return
         call = write_for_timm(path, model, checkpoint["model_config"])
         print(f"load with: {call}")
         mean, std = checkpoint["normalization"].values()
         print(f"it takes:  (pixel / 255 - mean) / std, by channel: mean {mean}, std {std}")
-    if was_there:
-        print(REPLACED.format(path))
 
 
 def read_pictures(task: Task) -> None:

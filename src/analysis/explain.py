@@ -145,11 +145,11 @@ class Outputs:
 
     @property
     def class_scores(self) -> np.ndarray:
-        """Precision, recall and F1 of each class, (K, 3) in [0, 1]; 0 where one is undefined."""
+        """Precision, recall and F1 of each class, (K, 3) in [0, 1]; NaN where undefined."""
         from sklearn.metrics import precision_recall_fscore_support as scores
 
         classes = np.arange(self.logits.shape[1])
-        columns = scores(self.labels, self.predicted, labels=classes, zero_division=0)[:3]
+        columns = scores(self.labels, self.predicted, labels=classes, zero_division=np.nan)[:3]
         return np.stack(columns, axis=1)
 
 

@@ -55,7 +55,7 @@ def confusion(
 
     Args:
         counts: images (K, K), the true class is the row.
-        scores: precision, recall and F1, (K, 3) in [0, 1].
+        scores: precision, recall and F1, (K, 3) in [0, 1]; NaN: undefined.
         mistakes: `images` (m, H, W) or (m, H, W, 3), and their `labels`, `predicted` and
             `probabilities`, as `predictions` takes them; at most 16 are shown.
     """
@@ -110,8 +110,10 @@ def _class_scores(axes: Axes, scores: np.ndarray, fontsize: float) -> None:
     axes.barh(
         rows.ravel(), np.full(scores.size, width), 0.9, columns.ravel() - width / 2, fc="0.95"
     )
-    axes.barh(rows.ravel(), width * scores.ravel(), 0.9, columns.ravel() - width / 2, fc="#b7d4ea")
-    _write_cells(axes, np.char.mod("%.2f", 100 * scores), np.zeros_like(scores), fontsize)
+    lengths = width * np.nan_to_num(scores.ravel())
+    axes.barh(rows.ravel(), lengths, 0.9, columns.ravel() - width / 2, fc="#b7d4ea")
+    texts = np.where(np.isnan(scores), "-", np.char.mod("%.2f", 100 * scores))
+    _write_cells(axes, texts, np.zeros_like(scores), fontsize)
     axes.set_xticks(range(3), ["precision", "recall", "F1"])
     axes.set(title="By class (%)", xlim=(-0.5, 2.5), ylim=(len(scores) - 0.5, -0.5))
 

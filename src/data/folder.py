@@ -112,6 +112,7 @@ def load_folder(
         source="folder",
         preparation=resize,
         trained_on=_to_tensor(hashes[np.concatenate(parts[:2])]),
+        tested_on=_to_tensor(hashes[parts[2]]),
     )
 
 
@@ -342,7 +343,12 @@ def _tell_left_out(listing: Listing, arrangement: Arrangement) -> None:
 
 def _tell_refused(listing: Listing, answers: list[int | str]) -> None:
     if listing.others:
-        _note(f"left out, as no image of a class: {some(listing.others, SHOWN)}")
+        folders = [name for name in listing.others if name.endswith("/")]
+        files = [name for name in listing.others if not name.endswith("/")]
+        if folders:
+            _note(f"left out, folders that are none of a class: {some(folders, SHOWN)}")
+        if files:
+            _note(f"left out, files that are no image of a class: {some(files, SHOWN)}")
     pairs = zip(listing.files, answers, strict=True)
     refused = [f"{file.path} {answer}" for file, answer in pairs if isinstance(answer, str)]
     if refused:

@@ -142,7 +142,10 @@ class Run:
     def _print_start(self, schedule: Schedule) -> None:
         options, world = self.options, self.world
         sizes = " / ".join(f"{len(loader.split):,}" for loader in self.loaders)
-        print(f"data:     {self.dataset.name}, {sizes} images to train, validate, test")
+        channels, side, _ = self.dataset.image_shape
+        what = f"{len(self.dataset.class_names)} classes, {side}x{side} pixels"
+        what += ", grey" if channels == 1 else ", colour"
+        print(f"data:     {self.dataset.name}, {sizes} images to train, validate, test; {what}")
         frozen = sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
         learning = count_parameters(self.model)
         of_them = f", {learning:,} of them learn" if frozen else ""

@@ -188,7 +188,10 @@ def test_evaluate_names_both_losses_and_keeps_anothers_evaluation(
     assert "Kept: " not in run(inference.main, *flags, "copy.pt").out  # the same model
     save_checkpoint("copy.pt", {**torch.load("copy.pt"), "epoch": 1})  # another one by that name
     printed = run(inference.main, *flags, "copy.pt").out
-    assert "Kept: outputs/evaluation.json, which is of another checkpoint, as " in printed
+    assert (
+        "Kept: outputs/evaluation.json, which is of another checkpoint or other images, as "
+        in printed
+    )
     files = {p.name: json.loads(p.read_text()) for p in (tmp_path / "outputs").iterdir()}
     assert files.keys() == {"evaluation.json", "evaluation.1.json"}
     assert files["evaluation.1.json"] == {**result, "checkpoint": "copy.pt"}

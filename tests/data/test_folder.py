@@ -2,6 +2,7 @@
 once."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -77,7 +78,7 @@ def test_a_folder_of_odd_pictures_is_trained_on_and_resumed_with_the_same(
     result = complete(*flags, "--epochs", 6, "--batch_size", 16, "--lr", 4e-3)
     damaged = "cannot be read: damaged, or none of PNG"
     for line in (
-        "note: left out, as no image of a class: empty/README.txt",
+        "note: left out, files that are no image of a class: empty/README.txt",
         "note: 3 of 300 images left out:",
         f"  cross/cut.jpg {damaged}",
         f"  disc/text.png {damaged}",
@@ -107,6 +108,7 @@ def test_a_folder_of_odd_pictures_is_trained_on_and_resumed_with_the_same(
 def test_a_run_of_one_epoch_goes_on_with_its_cache_and_its_split_is_known(complete, run, tmp_path):
     folder = draw_shapes(tmp_path / "shapes", count=20)
     flags = "--recipe cifar --epochs 1 --batch_size 6 --val_split 0.2 --test_split 0.3".split()
+    flags += ["--ema_decay", 0.995]
     result = complete(*TRAIN, *flags, "--data_dir", folder, "--cache_dir", ".")
     assert "note: the average of the weights" in result.err and "98%" in result.err  # 0.995^5
     result = complete("--resume", "--epochs", 2)
@@ -117,6 +119,42 @@ def test_a_run_of_one_epoch_goes_on_with_its_cache_and_its_split_is_known(comple
     (folder / "disc" / "0.png").unlink()
     result = run(inference.main, *infer)
     assert "validation accuracy is not measured: the images in" in result.err
+
+
+def test_the_model_of_a_run_with_other_images_or_flags_of_the_folder_is_kept(complete, shapes):
+    flags = [*TRAIN, "--data_dir", shapes, "--epochs", 1]
+    complete(*flags, "--img_size", 16, "--resize", "pad")
+    assert "kept: " in complete(*flags, "--img_size", 16).out
+    assert "kept: " in complete(*flags, "--img_size", 24).out
+    assert "kept: " in complete(*flags, "--img_size", 24, "--in_chans", 1).out
+    assert "kept: " not in complete(*flags, "--img_size", 24, "--in_chans", 1).out
+    (shapes / "disc" / "0.png").unlink()
+    assert "kept: " in complete(*flags, "--img_size", 24, "--in_chans", 1).out
+    assert len(list(Path("checkpoints").glob("*/best_model.pt"))) == 4
+
+
+def test_what_a_model_to_start_from_was_trained_on_is_never_tested_on(complete, run, tmp_path):
+    folder = draw_shapes(tmp_path / "shapes", count=20)
+    flags = [*TRAIN, "--data_dir", folder, "--epochs"]
+    complete(*flags, 1, "--save_dir", "earlier")
+    start = ["--init_from", "earlier/best_model.pt"]
+    told = "note: 18 of 24 images to test left out: the model to start from was trained on them\n"
+    result = complete(*flags, 1, *start, "--test_split", 0.4)
+    assert told in result.err and " 30 / 6 / 6 images " in result.out
+    ours, theirs = read("checkpoints/best_model.pt"), read("earlier/best_model.pt")
+    assert set(theirs["trained_on"].tolist()) <= set(ours["trained_on"].tolist())
+    assert told in complete("--resume", "--epochs", 2).err
+    result = run(inference.main, "--mode", "evaluate", "--data_dir", folder, "--device", "cpu")
+    assert "note: 54 of 60 images left out: the model was trained on the same\n" in result.err
+    scored = json.loads(Path("outputs/evaluation.json").read_text())
+    assert scored["images"] == 6 and scored["data_dir"] == str(folder)
+    # With the same parts nothing needs to be left out; where nothing is left, it is said.
+    assert "to test left out" not in complete(*flags, 1, *start, "--save_dir", "same").err
+    for path in folder.glob("*/*.png"):
+        if file_hash(path) not in theirs["trained_on"].tolist():
+            path.unlink()
+    result = run(train.main, *flags, 1, *start, "--save_dir", "none")
+    assert result.status == 2 and "was trained on all images to test of shapes" in result.err
 
 
 def test_each_odd_picture_is_used_as_what_it_shows(odd):
@@ -644,10 +682,13 @@ def test_a_folder_of_classes_is_not_taken_for_mnists(run, shapes):
     result = run(train.main, "--data_dir", shapes)
     assert_one_error_line(result, f"--data_dir {shapes} has a folder of images", "--dataset folder")
     assert not (shapes / "MNIST").exists()
+    (shapes / "MNIST").mkdir()  # then they only lie beside it
+    assert "has a folder of images" not in run(train.main, "--data_dir", shapes).err
 
 
 @posix
 def test_what_stands_in_a_pictures_place_stops_nothing(shapes, capsys):
+    (shapes / "disc" / "more discs").mkdir()
     (shapes / "disc" / "folder.png").mkdir()
     os.mkfifo(shapes / "disc" / "pipe.png")
     (shapes / "disc" / "endless.png").symlink_to("/dev/zero")
@@ -663,7 +704,8 @@ def test_what_stands_in_a_pictures_place_stops_nothing(shapes, capsys):
     assert sum(sizes(data)) in (18, 19)  # the link's picture is there twice
     notes = capsys.readouterr().err
     assert notes.isprintable() or set(filter(lambda c: not c.isprintable(), notes)) == {"\n"}
-    assert "disc/folder.png/, disc/endless.png" in notes and "disc/pipe.png" in notes
+    folders = "note: left out, folders that are none of a class: disc/folder.png/, disc/more discs/"
+    assert folders in notes and "disc/endless.png" in notes and "disc/pipe.png" in notes
     assert "  disc/huge.png is too large: expected at most 256 MB\n" in notes
     assert "  disc/?[2Jname?.png cannot be read: damaged" in notes
     assert isinstance(data.train, Split)
