@@ -132,7 +132,7 @@ def test_output_names_the_data_and_ends_with_the_test_result(complete):
 def test_a_recipe_is_printed_stored_and_trained_and_flags_win_over_it(complete, recipe):
     flags = ["--recipe", recipe, "--epochs", 1, "--label_smoothing", 0.25, "--elastic", 0.5]
     result = complete(*TINY, *flags)
-    assert all("average of the weights" in line for line in result.err.splitlines())
+    assert result.err == ""
     stored = history()["settings"]
     assert stored["recipe"] == recipe
     by_hand = {"label_smoothing": 0.25, "elastic": 0.5, "depth": 1}

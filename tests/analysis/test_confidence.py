@@ -101,7 +101,9 @@ def test_one_pass_gives_the_models_own_logits(pool):
     images = torch.randn(3, 1, 28, 28)
     with torch.no_grad():
         logits, vectors = confidence.read(model, images)
-        torch.testing.assert_close(logits, model(images))
+        # With "cls" the model itself spares the last block's other tokens: sums in another order.
+        tolerance = {"cls": None, "mean": 0.0}[pool]
+        torch.testing.assert_close(logits, model(images), rtol=tolerance, atol=tolerance)
         after_three = model.embed(images)
         for block in model.blocks[:3]:  # a third of 7, and two, are 2.33 and 4.67
             after_three = block(after_three)
