@@ -7,7 +7,8 @@ The first of the two times is that of the epochs, from compiling and the first t
 last validation, without what is written between them; the second is the process's from start to
 end, importing, loading, testing and drawing included. What holds on any machine are the FLOPs of
 training, see `report.training_flops`; beside them stands their rate in the first time, as a share
-of the machine's peak, which is measured after each run.
+of the machine's peak. For MNIST the first time is told in epochs of the plain way (plain.py, fp32),
+too. Both are measured after each run, since a machine's speed changes.
 
     python benchmarks/accuracy.py --recipe best --dataset folder --data_dir photos --seeds 5
 """
@@ -18,6 +19,7 @@ import shlex
 import statistics
 import time
 from argparse import Namespace
+from math import nan
 from typing import NamedTuple
 
 import torch
@@ -25,10 +27,13 @@ from tqdm import tqdm
 
 from common import cli
 from common.device import choose_device
+from data.catalog import NAMED_SETS
+from plain import PlainWay
 from recipes import DATASET_SETTINGS, RECIPES
 from settings import add_flags
 from training.resolve import resolve
 
+PLAIN_STEPS = 10  # of 128 images, that tell the plain way's speed
 TARGETS = (97.39, 99.0, 99.5, 99.7)  # % of MNIST's test set
 
 
@@ -41,9 +46,12 @@ class Measured(NamedTuple):
     whole: float
     flops: float
     of_peak: float
+    plain_epochs: float
 
 
-def train(seed: int, epochs: int, args: Namespace, more: list[str]) -> Measured:
+def train(
+    seed: int, epochs: int, args: Namespace, more: list[str], plain: PlainWay | None
+) -> Measured:
     start = time.perf_counter()
     data_dir = ("--data_dir", args.data_dir) if args.data_dir else ()
     history = report.train(
@@ -55,8 +63,9 @@ def train(seed: int, epochs: int, args: Namespace, more: list[str]) -> Measured:
     flops = report.training_flops(history)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[history["precision"]]
     of_peak = flops / seconds / report.matmul_peak(dtype, choose_device(args.device))
+    plain_epoch = 54_000 / 128 / PLAIN_STEPS * plain.seconds("fp32", PLAIN_STEPS) if plain else nan
     test, val = (history["test"][name] for name in ("top1", "best_val_acc"))
-    return Measured(test, val, seconds, whole, flops, of_peak)
+    return Measured(test, val, seconds, whole, flops, of_peak, seconds / plain_epoch)
 
 
 def main() -> None:
@@ -77,10 +86,14 @@ def main() -> None:
     args = parser.parse_args()
     device, is_mnist = choose_device(args.device), args.dataset == "mnist"
 
+    data_dir = args.data_dir or NAMED_SETS["mnist"].data_dir
+    plain = PlainWay(data_dir, device) if is_mnist else None
+    if plain:
+        plain.seconds("fp32", 2)  # warm-up
     rows, reached = [], {}
     for epochs in sorted(args.epochs or [resolve(args.recipe, args.dataset, {}).epochs]):
         seeds = tqdm(range(args.seeds), desc=f"{epochs} epochs", leave=False, disable=None)
-        runs = [train(seed, epochs, args, shlex.split(args.flags)) for seed in seeds]
+        runs = [train(seed, epochs, args, shlex.split(args.flags), plain) for seed in seeds]
         test = [run.test for run in runs]
         spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
         mean = Measured(*map(statistics.mean, zip(*runs, strict=True)))
@@ -94,6 +107,7 @@ def main() -> None:
                 f"{mean.whole:.1f} s",
                 f"{mean.flops / 1e12:.1f}",
                 f"{100 * mean.of_peak:.0f} %",
+                f"{mean.plain_epochs:.2f}" if is_mnist else "-",
             ]
         )
         for target in TARGETS:
@@ -103,7 +117,15 @@ def main() -> None:
     accuracies = ["test, mean", "test, min", "validation, mean"]
     report.publish(
         f"Accuracy of {what}, {args.seeds} seed{'s' * (args.seeds > 1)}",
-        ["epochs", *accuracies, "from first step", "process", "TFLOP", "of the peak"],
+        [
+            "epochs",
+            *accuracies,
+            "from first step",
+            "process",
+            "TFLOP",
+            "of the peak",
+            "plain epochs",
+        ],
         rows,
         device=device,
         record=args.record,

@@ -1,26 +1,19 @@
 """Training throughput: this project's loop against the plain way of writing it, in one run.
 
-The plain way is torchvision's dataset with PIL transforms in a DataLoader, nn.MultiheadAttention
-and nn.Dropout, in fp32 and under bf16 autocast; this project's loop runs in both as well. Where
-timm and vit-pytorch are installed, their ViT of the same size runs in this project's loop. All
-train on MNIST with the same augmentation, batch size and optimizer, in turns, so that a machine
-that slows down slows all.
+The plain way is that of plain.py, in fp32 and under bf16 autocast; this project's loop runs in both
+as well. Where timm and vit-pytorch are installed, their ViT of the same size runs in this project's
+loop. All train on MNIST with the same augmentation, batch size and optimizer, in turns, so that a
+machine that slows down slows all.
 """
 
 import report  # finds src
 
 import statistics
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from itertools import islice
-from multiprocessing import Pipe, get_context
-from multiprocessing.connection import Connection
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision import datasets, transforms
+from torch import nn
 
 import optim
 import utils
@@ -29,84 +22,12 @@ from common.device import choose_device
 from common.errors import UserError
 from data.catalog import NAMED_SETS
 from data.load import load_dataset
+from plain import ADAMW, PlainWay
 from settings import Settings, add_flags
 from training.speed import compile_network, keep_freed_memory
-from vit_model import TransformerBlock, ViT
+from vit_model import ViT
 
 DEFAULTS = Settings()
-ADAMW = {"lr": DEFAULTS.lr, "weight_decay": DEFAULTS.weight_decay}
-
-
-class PlainBlock(TransformerBlock):
-    """The same block of PyTorch's own parts."""
-
-    def __init__(self) -> None:
-        super().__init__(dim=96, num_heads=4, dropout=0.1)
-        self.attn = nn.MultiheadAttention(96, 4, dropout=0.1, batch_first=True)
-        fc1, gelu, _, fc2, _ = self.mlp
-        self.mlp = nn.Sequential(fc1, gelu, nn.Dropout(0.1), fc2, nn.Dropout(0.1))
-
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
-
-
-def plain_model() -> ViT:
-    model = ViT()
-    model.pos_drop = nn.Dropout(0.1)
-    model.blocks = nn.ModuleList(PlainBlock() for _ in range(16))
-    return model
-
-
-def plain_loader(data_dir: str, batch_size: int, num_workers: int) -> DataLoader:
-    transform = transforms.Compose(
-        [
-            transforms.RandomAffine(degrees=7, translate=(0.1, 0.1)),
-            transforms.ToTensor(),
-            transforms.Normalize((0.1307,), (0.3081,)),
-        ]
-    )
-    # download=True unpacks files that are there, and fetches nothing then.
-    dataset = datasets.MNIST(data_dir, train=True, transform=transform, download=True)
-    return DataLoader(dataset, batch_size, shuffle=True, num_workers=num_workers)
-
-
-def plain_steps(
-    model: nn.Module,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    precision: str,
-    steps: int,
-) -> None:
-    criterion = nn.CrossEntropyLoss(label_smoothing=DEFAULTS.label_smoothing)
-    model.train()
-    for images, labels in islice(loader, steps):
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = criterion(model(images), labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), DEFAULTS.grad_clip)
-        optimizer.step()
-        loss.item()  # for the progress bar
-
-
-def plain_process(
-    connection: Connection, data_dir: str, batch_size: int, num_workers: int, device: torch.device
-) -> None:
-    """Take so many steps in a precision whenever both come in, and answer with the seconds.
-
-    A process of its own, for what this project's loop sets in its process is not the plain way's.
-    """
-    model = plain_model().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    loader = plain_loader(data_dir, batch_size, num_workers)
-    with suppress(EOFError):  # the other process is gone
-        while True:
-            parts = model, loader, optimizer, device, *connection.recv()
-            connection.send(report.seconds(partial(plain_steps, *parts), device))
 
 
 def peers() -> dict[str, nn.Module]:
@@ -164,23 +85,9 @@ def main() -> None:
         turn = partial(report.train_epoch, *parts, DEFAULTS.grad_clip, precision=precision)
         return partial(report.seconds, turn, device)
 
-    ours, theirs = Pipe()
-    spawn = get_context("spawn")  # CUDA does not survive a fork
-    plain_args = (theirs, args.data_dir, args.batch_size, args.num_workers, device)
-    plain = spawn.Process(target=plain_process, args=plain_args)
-    plain.start()
-    theirs.close()  # so that waiting for an answer ends if the process does
-
-    def plain_turn(precision: str) -> float:
-        try:
-            ours.send((precision, args.steps))
-            return ours.recv()
-        except (EOFError, OSError):
-            raise UserError("the process of the plain way ended, see above") from None
-
-    loops = {}
+    plain, loops = PlainWay(args.data_dir, device, args.batch_size, args.num_workers), {}
     for precision in ("fp32", "bf16"):
-        loops[f"plain, {precision}"] = partial(plain_turn, precision)
+        loops[f"plain, {precision}"] = partial(plain.seconds, precision, args.steps)
     for precision in ("fp32", "bf16"):
         loops[f"this project, {precision}"] = in_our_loop(ViT(), precision)
     for name, model in peers().items():
@@ -189,8 +96,7 @@ def main() -> None:
     for turn in loops.values():
         turn()  # warm-up
     turns = [[turn() for turn in loops.values()] for _ in range(args.turns)]
-    ours.close()
-    plain.join()
+    plain.close()
     rows = []
     for name, times in zip(loops, zip(*turns, strict=True), strict=True):
         rate = images / statistics.median(times)
