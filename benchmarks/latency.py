@@ -1,4 +1,5 @@
-"""Latency and throughput of a trained network: eager PyTorch, torch.compile, ONNX Runtime.
+"""Latency and throughput of a trained network: eager PyTorch in fp32 and bf16, torch.compile, ONNX
+Runtime in fp32 and int8.
 
 The runtimes take turns of several calls, so that a machine that slows down slows all; a turn's
 first call, which finds the others' weights in the caches, is not timed. Inputs are random: the time
@@ -12,63 +13,84 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from common import cli
 from common.device import choose_device
-from deploy.export import onnx_session, to_bytes, to_onnx
+from deploy.export import onnx_session, to_bytes, to_int8, to_onnx
 from saving.checkpoint import load_checkpoint
 from settings import add_flags
 from vit_model import ViT
+
+
+def build_runtimes(model: ViT, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The network in each runtime, by name, with as many threads as PyTorch has now."""
+
+    def in_bf16(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return model(images)
+
+    compiled = torch.compile(model, dynamic=False)
+    runtimes = {"eager": model, "eager, bf16": in_bf16, "compiled": compiled}
+    if device.type == "cpu":  # the GPU's build of ONNX Runtime is none of our packages
+        plain = to_onnx(model, torch.zeros(2, 1, 28, 28))
+        runtimes["ONNX Runtime"] = onnx_session(to_bytes(plain))
+        quantized = to_int8(plain, torch.randn(100, 1, 28, 28))
+        runtimes["ONNX Runtime, int8"] = onnx_session(to_bytes(quantized))
+    return runtimes
 
 
 def main() -> None:
     parser = cli.Parser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, help="None: the default network, untrained")
     parser.add_argument("--batch_sizes", default=[1, 256], type=cli.integer(1), nargs="+")
-    parser.add_argument("--threads", default=1, type=cli.integer(1, 1024), help="of the CPU")
+    parser.add_argument(
+        "--threads", default=[1], type=cli.integer(1, 1024), nargs="+", help="of the CPU"
+    )
     parser.add_argument("--turns", default=10, type=cli.integer(3), help="timed turns of each")
     parser.add_argument("--calls", default=10, type=cli.integer(1), help="timed calls in a turn")
     add_flags(parser, ("device",))
     report.add_record(parser)
     args = parser.parse_args()
     device = choose_device(args.device)
-    torch.set_num_threads(args.threads)
     model = load_checkpoint(args.checkpoint)[0] if args.checkpoint else ViT().eval()
-    runtimes: dict[str, Callable] = {}
-    if device.type == "cpu":  # the GPU's build of ONNX Runtime is none of our packages
-        runtimes["ONNX Runtime"] = onnx_session(to_bytes(to_onnx(model, torch.zeros(2, 1, 28, 28))))
     model = model.to(device)
-    runtimes = {"eager": model, "compiled": torch.compile(model, dynamic=False), **runtimes}
 
-    def seconds(run: Callable, images: torch.Tensor) -> float:
+    def seconds(run: Callable, images: Tensor) -> float:
         """Of a call, in the mean over a turn."""
         run(images)
         calls = [report.seconds(lambda: run(images), device) for _ in range(args.calls)]
         return statistics.mean(calls)
 
     rows = []
-    for batch_size in args.batch_sizes:
-        images = torch.randn(batch_size, 1, 28, 28, device=device)
-        with torch.inference_mode():
-            for run in runtimes.values():
-                seconds(run, images)  # warm-up
-            turns = [[seconds(run, images) for run in runtimes.values()] for _ in range(args.turns)]
-        eager = [turn[0] for turn in turns]
-        for name, times in zip(runtimes, zip(*turns, strict=True), strict=True):
-            median = statistics.median(times)
-            gain = statistics.median(e / t for e, t in zip(eager, times, strict=True))
-            rows.append(
-                [
-                    name,
-                    str(batch_size),
-                    f"{1000 * median:.2f} ms",
-                    f"{batch_size / median:.0f}",
-                    f"{gain:.2f}",
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        runtimes = build_runtimes(model, device)
+        for batch_size in args.batch_sizes:
+            images = torch.randn(batch_size, 1, 28, 28, device=device)
+            with torch.inference_mode():
+                for run in runtimes.values():
+                    seconds(run, images)  # warm-up
+                turns = [
+                    [seconds(run, images) for run in runtimes.values()] for _ in range(args.turns)
                 ]
-            )
+            eager = [turn[0] for turn in turns]
+            for name, times in zip(runtimes, zip(*turns, strict=True), strict=True):
+                median = statistics.median(times)
+                gain = statistics.median(e / t for e, t in zip(eager, times, strict=True))
+                rows.append(
+                    [
+                        name,
+                        str(batch_size),
+                        str(threads),
+                        f"{1000 * median:.2f} ms",
+                        f"{batch_size / median:.0f}",
+                        f"{gain:.2f}",
+                    ]
+                )
     report.publish(
-        f"Inference in fp32, median of {args.turns} turns of {args.calls} calls",
-        ["runtime", "batch", "latency", "images/s", "times eager's speed"],
+        f"Inference, median of {args.turns} turns of {args.calls} calls",
+        ["runtime", "batch", "threads", "latency", "images/s", "times eager's speed"],
         rows,
         device=device,
         record=args.record,
