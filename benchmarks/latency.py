@@ -30,6 +30,7 @@ def build_runtimes(model: ViT, device: torch.device) -> dict[str, Callable[[Tens
         with torch.autocast(device.type, torch.bfloat16):
             return model(images)
 
+    torch.compiler.reset()  # it stops to compile a network after some shapes
     compiled = torch.compile(model, dynamic=False)
     runtimes = {"eager": model, "eager, bf16": in_bf16, "compiled": compiled}
     if device.type == "cpu":  # the GPU's build of ONNX Runtime is none of our packages

@@ -26,6 +26,7 @@ from common.device import choose_device, choose_precision
 from common.distributed import SINGLE_PROCESS, World, device_of, find_world
 from data.augment import Augment
 from data.dataset import Dataset
+from data.folder import without_known
 from data.load import load_on_all_processes
 from data.mix import Mix
 from optim import build_optimizer_and_schedule, check_calls, clip_gradients, needs_closure
@@ -71,10 +72,11 @@ def load_data(
     check_calls(settings.optimizer, settings.scheduler, swa_lr=settings.swa_lr, given=given)
     # Who names a folder wants what is in it: then the digits don't replace a missing MNIST.
     name = expected if "data_dir" in given else options.dataset
-    dataset = load_on_all_processes(name, *how_to_load).after(trained and trained.trained_on)
-    known = {"img_size": dataset.image_shape[-1], "trained": sizes}
-    known["images"] = len(dataset.train[: options.train_samples].labels)
-    return resolve(options.recipe, dataset.source, given, **known), dataset, trained
+    dataset = load_on_all_processes(name, *how_to_load)
+    dataset = without_known(dataset, trained and trained.trained_on)
+    side, images = dataset.image_shape[-1], len(dataset.train[: options.train_samples])
+    settings = resolve(options.recipe, dataset.source, given, sizes, side, images)
+    return settings, dataset, trained
 
 
 def train(

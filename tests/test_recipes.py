@@ -138,20 +138,29 @@ def test_a_size_that_contradicts_a_model_to_start_from_is_refused(name, value):
         (32, 7, {}, 4),
         (32, 8, {"patch_size": 2}, 2),
         (None, 16, {}, 16),  # a folder, not yet read
+        (210, 16, {}, 14),  # does not divide: the recipe's 30 x 30 patches made larger
+        (448, 16, {}, 16),  # 28 x 28 of the file's
     ],
 )
 def test_patches_are_the_files_where_they_fit_the_image(img_size, of_file, by_hand, expected):
     trained = TRAINED | {"patch_size": of_file}
-    settings = resolve("article", "folder", FROM | by_hand, img_size, trained)
+    settings = resolve("article", "folder", FROM | by_hand, trained, img_size)
     assert settings.patch_size == expected
 
 
 @pytest.mark.parametrize(
     ("img_size", "by_hand", "expected"),
-    [(32, {}, 4), (64, {}, 4), (96, {}, 6), (224, {}, 14), (224, {"patch_size": 4}, 4)],
+    [
+        (32, {}, 4),
+        (64, {}, 4),
+        (68, {}, 4),
+        (96, {}, 6),
+        (224, {}, 14),
+        (224, {"patch_size": 4}, 4),
+    ],
 )
-def test_a_large_image_has_at_most_16_patches_a_side(img_size, by_hand, expected):
-    assert resolve("cifar", "folder", by_hand, img_size).patch_size == expected
+def test_a_large_image_has_about_16_patches_a_side(img_size, by_hand, expected):
+    assert resolve("cifar", "folder", by_hand, None, img_size).patch_size == expected
 
 
 @pytest.mark.parametrize(
@@ -167,9 +176,9 @@ def test_a_large_image_has_at_most_16_patches_a_side(img_size, by_hand, expected
     ],
 )
 def test_a_short_run_has_a_short_average(recipe, images, by_hand, expected):
-    settings = resolve(recipe, "folder", by_hand, 32, images=images)
+    settings = resolve(recipe, "folder", by_hand, None, 32, images)
     assert settings.ema_decay == expected
-    again = resolve(recipe, "folder", asdict(settings), 32)  # as a run is resumed
+    again = resolve(recipe, "folder", asdict(settings), None, 32, images)  # as by --config
     assert again == settings
 
 

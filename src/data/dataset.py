@@ -1,8 +1,7 @@
 """A data set in memory: its images with their classes, in three parts."""
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -64,9 +63,9 @@ class Dataset:
         preparation: how a picture becomes one of its images: "digit", or for a folder of images
             "crop", "pad" or "stretch".
         trained_on: of a folder's images, int64: what tells each file of the training images, then
-            of the validation images, from all others; then of those that the model to start from
-            was trained on.
+            of the validation images, from all others.
         tested_on: the same of the test images.
+        trained_before: the same of all images that the model to start from had been trained on.
     """
 
     name: str
@@ -80,43 +79,12 @@ class Dataset:
     preparation: str
     trained_on: Tensor | None = None
     tested_on: Tensor | None = None
+    trained_before: Tensor | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         return tuple(self.train.images.shape[1:])
-
-    def after(self, earlier: Tensor | None) -> "Dataset":
-        """The same for a model that starts from a trained one: without the test images that one was
-        trained on, which is told on stderr. Raises UserError if none is left.
-
-        Args:
-            earlier: `trained_on` of the model to start from.
-        """
-        if earlier is None or self.trained_on is None or not len(earlier):
-            return self
-        new = ~torch.isin(self.tested_on, earlier)
-        if not new.any():
-            raise UserError(
-                f"the model to start from was trained on all images to test of {self.name}: keep "
-                "the parts as they were then, with the same --val_split and --test_split, or add "
-                "images to test"
-            )
-        if count := int((~new).sum()):
-            print(
-                f"note: {count:,} of {len(new):,} images to test left out: the model to start from "
-                "was trained on them",
-                file=sys.stderr,
-            )
-        trained_on = torch.cat((self.trained_on, earlier))
-        tested_on = self.tested_on[new]
-        return replace(self, test=self.test[new], trained_on=trained_on, tested_on=tested_on)
-
-    def as_known_to(self, trained_on: Tensor) -> "Dataset | None":
-        """The same for a model with this `trained_on`; None if the model is of other images."""
-        own = len(self.trained_on)
-        same = torch.equal(self.trained_on, trained_on[:own])
-        return self.after(trained_on[own:]) if same else None
 
 
 def per_channel(

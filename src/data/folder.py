@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def load_labelled(
     Args:
         class_names: what the model knows, in the order of its labels.
         img_size, in_chans, resize: as the model's training images were prepared.
-        exclude: `trained_on` of the model: images that are left out.
+        exclude: images that are left out, as in `Dataset.trained_on`.
     """
     listing = list_labelled(data_dir)
     refuse_unknown(listing, class_names)
@@ -152,6 +153,33 @@ def load_labelled(
         raise UserError(f"{data_dir} has no image left to score: name another folder of images")
     new = new.numpy()  # what it chooses is copied, and so may be written to
     return Split(torch.from_numpy(images[new]), torch.from_numpy(labels[new]))
+
+
+def without_known(dataset: Dataset, earlier: Tensor | None) -> Dataset:
+    """A data set for a model that starts from a trained one: without the test images that one was
+    trained on, which is told on stderr. Raises UserError if none is left.
+
+    Images to validate stay: those of its own validation are among what it knows, too.
+
+    Args:
+        earlier: all images that the model to start from was trained on, as in `Dataset`.
+    """
+    if earlier is None:
+        return dataset
+    dataset = replace(dataset, trained_before=earlier)
+    if dataset.tested_on is None:  # no folder: its parts are fixed
+        return dataset
+    new = ~torch.isin(dataset.tested_on, earlier)
+    if new.all():
+        return dataset
+    if not new.any():
+        raise UserError(
+            f"the model to start from was trained on all images to test of {dataset.name}: give "
+            "the --val_split and --test_split that it was trained with, or add images to test"
+        )
+    count, total = int((~new).sum()), _images(len(new))
+    _note(f"{count:,} of {total} to test left out: training began with a model that knew them")
+    return replace(dataset, test=dataset.test[new], tested_on=dataset.tested_on[new])
 
 
 def _to_tensor(hashes: np.ndarray) -> Tensor:
@@ -346,9 +374,9 @@ def _tell_refused(listing: Listing, answers: list[int | str]) -> None:
         folders = [name for name in listing.others if name.endswith("/")]
         files = [name for name in listing.others if not name.endswith("/")]
         if folders:
-            _note(f"left out, folders that are none of a class: {some(folders, SHOWN)}")
+            _note(f"left out, folders that are not a class's: {some(folders, SHOWN)}")
         if files:
-            _note(f"left out, files that are no image of a class: {some(files, SHOWN)}")
+            _note(f"left out, files that are not images of a class: {some(files, SHOWN)}")
     pairs = zip(listing.files, answers, strict=True)
     refused = [f"{file.path} {answer}" for file, answer in pairs if isinstance(answer, str)]
     if refused:

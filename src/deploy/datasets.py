@@ -13,13 +13,13 @@ from analysis.words import words_for
 from common.errors import UserError
 from data.catalog import NAMED_SETS
 from data.dataset import Dataset, Split
-from data.folder import load_labelled
+from data.folder import load_labelled, without_known
 from data.listing import list_labelled, refuse_unknown, some
 from data.load import load_dataset
 from deploy.digit_image import read_digits
 from deploy.picture_files import read_each
 from deploy.predict import check_image_shape
-from saving.checkpoint import image_shape
+from saving.checkpoint import image_shape, known_images
 
 SHOWN = 20  # pictures that are named, of those that can't be read
 
@@ -47,8 +47,8 @@ def load_test_images(
         return name, _read_labelled_digits(data_dir, checkpoint)
     in_chans, img_size, _ = image_shape(checkpoint)
     how = {"img_size": img_size, "in_chans": in_chans, "resize": checkpoint["preparation"]}
-    exclude = checkpoint.get("trained_on")
-    return name, load_labelled(data_dir, class_names, **how, exclude=exclude)
+    known = known_images(checkpoint)
+    return name, load_labelled(data_dir, class_names, **how, exclude=known)
 
 
 def load_own_set(
@@ -87,11 +87,9 @@ def load_own_set(
             f"{some(found[1], 10)}"
         )
     known = checkpoint.get("trained_on")
-    if known is None:
-        return dataset
-    if (same := dataset.as_known_to(known)) is None:
+    if source == "folder" and known is not None and not torch.equal(known, dataset.trained_on):
         raise UserError(f"the images in {data_dir} are not those that {path} was trained on")
-    return same
+    return without_known(dataset, checkpoint.get("trained_before"))
 
 
 def is_labelled(data_dir: str | Path, class_names: Sequence[str]) -> bool:

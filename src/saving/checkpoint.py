@@ -10,8 +10,9 @@ all bytes before it. The keys, by the value of `format`:
             have more, for --resume; run_state.py describes it. This is format 1.
     2       the same keys, and `format`.
     3       also `source` (the data set's name for --dataset), `preparation` (how a picture becomes
-            an image of it) and, of a folder of images, `trained_on` (which files they were). Mean
-            and std are lists with a number for each channel, or with one for all.
+            an image of it) and, of a folder of images, `trained_on` (which files they were) and
+            `trained_before` (those of the model that training began with). Mean and std are lists
+            with a number for each channel, or with one for all.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from common.files import atomic_write, read_bytes
 from common.version import VERSION
 from data.catalog import DIGITS, PREPARATIONS
 from saving.archive import RefusedError
-from saving.weights_file import reader_of
+from saving.weights_file import KNOWN, reader_of
 from vit_model import ViT
 
 FORMAT = 3  # of what is written now; every earlier one is read, too
@@ -112,12 +113,20 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         config = validated_config(checkpoint.get("model_config", {}), state)
         check_tensors(state, config, path.stat().st_size)
         checkpoint |= _validated_description(checkpoint, config)
-        if "trained_on" in checkpoint:
-            _check_trained_on(checkpoint["trained_on"], path.stat().st_size)
+        for name in KNOWN & checkpoint.keys():
+            _check_known(name, checkpoint[name], path.stat().st_size)
         model = _rebuild(state, config)
     except Exception as error:  # a value of a wrong kind can raise anything
         raise refusal(path, error) from None
     return model, {**checkpoint, "model_config": config}
+
+
+def known_images(checkpoint: dict[str, Any]) -> Tensor | None:
+    """All images of folders that a model was trained on, as in `Dataset.trained_on`, those of the
+    model that it started from included; None: unknown.
+    """
+    known = [checkpoint[name] for name in sorted(KNOWN) if name in checkpoint]
+    return torch.cat(known) if known else None
 
 
 def image_shape(checkpoint: dict[str, Any]) -> tuple[int, int, int]:
@@ -246,14 +255,14 @@ def check_tensors(
         raise ValueError("its tensors are larger than the file")
 
 
-def _check_trained_on(marks: Any, file_size: int) -> None:
+def _check_known(name: str, marks: Any, file_size: int) -> None:
     """Raise ValueError unless these are whole numbers in a row, which all stand in the file."""
     if not isinstance(marks, Tensor) or marks.dtype != torch.int64 or marks.dim() != 1:
-        raise ValueError("its trained_on is not a row of whole numbers")
+        raise ValueError(f"its {name} is not a row of whole numbers")
     if marks.layout is not torch.strided or marks.is_meta:
-        raise ValueError("its trained_on is not a dense tensor")
+        raise ValueError(f"its {name} is not a dense tensor")
     if marks.numel() * marks.element_size() > file_size:
-        raise ValueError("its trained_on is larger than the file")
+        raise ValueError(f"its {name} is larger than the file")
 
 
 def _validated_description(checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from saving.checkpoint import (
     PUBLISHED_NUM_HEADS,
     check_tensors,
     check_weights,
+    known_images,
     load_checkpoint,
     refusal,
     validated_config,
@@ -46,7 +47,7 @@ class Pretrained:
         config: the arguments of `ViT` that make such a model; `num_classes` is 0 without a head.
         state: its weights by our names, float32.
         class_names: None if the file tells none.
-        trained_on: which images of a folder it was trained on, as in `Dataset`; None: not known.
+        trained_on: all images of folders that it was trained on, as in `Dataset`; None: unknown.
     """
 
     file: str
@@ -199,8 +200,8 @@ def _from_checkpoint(path: Path) -> Pretrained:
     model, checkpoint = load_checkpoint(path)
     config = {"pos_embed": "learned", **checkpoint["model_config"]}
     class_names = tuple(checkpoint["class_names"])
-    trained_on = checkpoint.get("trained_on")
-    return Pretrained(path.name, OURS, config, model.state_dict(), class_names, trained_on)
+    state, known = model.state_dict(), known_images(checkpoint)
+    return Pretrained(path.name, OURS, config, state, class_names, known)
 
 
 def _from_state_dict(path: Path, num_heads: int | None) -> Pretrained | None:

@@ -134,8 +134,8 @@ class EventLog:
             self._writer.add_figure("curves", figures.training_curves(history), end)
             self._writer.add_figure("attention", attention, end)
             self._add_scalars(test, end)
-            # Not by add_hparams, which opens a second file: read in the wrong order, it would lose
-            # to the purge of the first.
+            # Not by add_hparams, which writes a second file: if TensorBoard read that one first,
+            # the purge at the start of ours would drop it.
             for summary in hparams(self.settings, test):
                 self._writer.file_writer.add_summary(summary)
             self._writer.close()

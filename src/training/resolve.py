@@ -16,7 +16,7 @@ from settings import Options, Settings
 
 # Sizes of the network that a trained model to start from fixes; its patches can be resampled.
 FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
-MOST_PATCHES = 16  # a side, unless a flag asks for more
+MANY = 16  # patches a side; a recipe's patches that would be more are made larger
 # A run's average of weights spans at most this share of its steps, as the start must not be in it.
 SPAN = 0.25
 # The families of data/disturb.py, which --keep_clean and --augmix are about.
@@ -67,8 +67,8 @@ def resolve(
     recipe: str,
     dataset: str,
     given: Mapping[str, Any],
-    img_size: int | None = None,
     trained: Mapping[str, Any] | None = None,
+    img_size: int | None = None,
     images: int | None = None,
 ) -> Settings:
     """The settings of a run: the defaults, what replaces them in the recipe, what the data set asks
@@ -78,8 +78,8 @@ def resolve(
     Args:
         dataset: the name for --dataset.
         given: flags by name; those that are no settings are left out.
-        img_size: side of the images; None: that of a named set, not yet known of a folder.
         trained: arguments of `ViT` of the model that --init_from names.
+        img_size: side of the images; None: that of a named set, not yet known of a folder.
         images: how many there are to train; None: not yet known.
     """
     names = {f.name for f in fields(Settings)}
@@ -97,12 +97,12 @@ def resolve(
                     "off; leave it out, or give one of them"
                 )
         s = replace(s, keep_clean=0.0, augmix=0.0)  # a recipe's
-    if trained:
-        s = replace(s, **_sizes_of_trained(trained, given, img_size))
+    of_trained = _sizes_of_trained(trained, given, img_size) if trained else {}
+    s = replace(s, **of_trained)
     if s.freeze == "backbone":
         s = _for_linear_probe(s, given)
     if img_size is not None:
-        s = _fit_to_images(s, img_size, given)
+        s = _fit_to_images(s, img_size, {**of_trained, **given})
     if round(s.embed_dim * s.mlp_ratio) < 1:
         raise UserError(
             f"--mlp_ratio {s.mlp_ratio} is too small for --embed_dim {s.embed_dim}: an MLP would "
@@ -147,18 +147,19 @@ def _fit_to_images(s: Settings, img_size: int, given: Mapping[str, Any]) -> Sett
         )
     fits = img_size % s.patch_size == 0
     divisors = [n for n in range(1, img_size + 1) if img_size % n == 0]
-    if "patch_size" in given and not fits:
+    if "patch_size" in given:
+        if fits:
+            return s
         raise UserError(
             f"--patch_size {s.patch_size} does not divide the image's side of {img_size}: "
             f"give {', '.join(map(str, divisors[:-1]))} or {img_size}"
         )
-    if not fits:  # as near as can be to 8 x 8 patches
-        return replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - 8)))
-    if "patch_size" not in given and not s.init_from and img_size // s.patch_size > MOST_PATCHES:
-        # Attention's cost grows with the fourth power of the patches a side.
-        side = min(n for n in divisors if img_size // n <= MOST_PATCHES)
-        return replace(s, patch_size=side)
-    return s
+    if fits and img_size <= MANY * s.patch_size:
+        return s
+    # Of those that fit the nearest to 8 x 8 patches; to 16 x 16 where those of the recipe are more:
+    # the cost of attention grows with the fourth power of the patches a side.
+    wanted = MANY if fits else 8
+    return replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - wanted)))
 
 
 def _short_enough(ema_decay: float, steps: int) -> float | None:

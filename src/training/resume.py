@@ -21,6 +21,7 @@ from common.distributed import World
 from common.errors import UserError
 from common.files import write_text
 from data.dataset import Dataset
+from data.folder import without_known
 from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule
 from saving.checkpoint import save_checkpoint
@@ -186,18 +187,18 @@ def check_same_images(saved: SavedRun, dataset: Dataset) -> Dataset:
     classes that the run began with.
     """
     if dataset.trained_on is None:
-        return dataset
+        return without_known(dataset, saved.content.get("trained_before"))
     content = saved.content
     shape = tuple(content["model_config"][name] for name in ("in_chans", "img_size"))
     with refusing(saved.path):
-        same = dataset.as_known_to(content["trained_on"])
-    same_classes = content["class_names"] == list(dataset.class_names)
-    if same is None or not same_classes or shape != dataset.image_shape[:2]:
+        same = torch.equal(content["trained_on"], dataset.trained_on)
+    same &= content["class_names"] == list(dataset.class_names)
+    if not same or shape != dataset.image_shape[:2]:
         raise UserError(
             f"the images in {dataset.name} are not those that the run in {saved.path} was trained "
             "on: put these back, or leave --resume out to start a new run"
         )
-    return same
+    return without_known(dataset, content.get("trained_before"))
 
 
 def note_unfinished(folder: Path) -> None:

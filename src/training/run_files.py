@@ -20,6 +20,7 @@ from optimizers.average import WeightAverage
 from optimizers.schedule import Schedule
 from saving.checkpoint import FORMAT, read_checkpoint, save_checkpoint, versions
 from saving.stored_settings import OF_FOLDER, fingerprint, to_stored
+from saving.weights_file import KNOWN
 from settings import Options, Settings
 from training import resume
 from training.best_model import BEST, keep_raw_best, restore_best, set_aside
@@ -137,7 +138,8 @@ class RunFiles:
 
     def inference_state(self, epochs_done: int) -> dict[str, Any]:
         """What every checkpoint holds: a model, and what it takes to use it and train it on."""
-        model, average, trained_on = self.model, self.average, self.dataset.trained_on
+        model, average = self.model, self.average
+        known = {name: getattr(self.dataset, name) for name in KNOWN}
         return {
             "format": FORMAT,
             "epoch": epochs_done,
@@ -151,7 +153,7 @@ class RunFiles:
             "normalization": {"mean": list(self.dataset.mean), "std": list(self.dataset.std)},
             "preparation": self.dataset.preparation,
             "class_names": list(self.dataset.class_names),
-            **({} if trained_on is None else {"trained_on": trained_on}),
+            **{name: marks for name, marks in known.items() if marks is not None},
             **self.about,
         }
 
