@@ -163,6 +163,12 @@ def test_a_large_image_has_about_16_patches_a_side(img_size, by_hand, expected):
     assert resolve("cifar", "folder", by_hand, None, img_size).patch_size == expected
 
 
+def test_a_side_that_only_one_patch_fits_is_refused():
+    with pytest.raises(UserError, match=r"^--img_size 61 can only be cut .*such as 62, or"):
+        resolve("cifar", "folder", {}, None, 61)
+    assert resolve("cifar", "folder", {"patch_size": 61}, None, 61).patch_size == 61
+
+
 @pytest.mark.parametrize(
     ("recipe", "images", "by_hand", "expected"),
     [

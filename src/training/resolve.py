@@ -159,7 +159,13 @@ def _fit_to_images(s: Settings, img_size: int, given: Mapping[str, Any]) -> Sett
     # Of those that fit the nearest to 8 x 8 patches; to 16 x 16 where those of the recipe are more:
     # the cost of attention grows with the fourth power of the patches a side.
     wanted = MANY if fits else 8
-    return replace(s, patch_size=min(divisors, key=lambda n: abs(img_size / n - wanted)))
+    patch_size = min(divisors, key=lambda n: abs(img_size / n - wanted))
+    if patch_size == img_size:
+        raise UserError(
+            f"--img_size {img_size} can only be cut into patches of 1 pixel or of all {img_size}: "
+            f"give another, such as {img_size + 1}, or say --patch_size 1"
+        )
+    return replace(s, patch_size=patch_size)
 
 
 def _short_enough(ema_decay: float, steps: int) -> float | None:
