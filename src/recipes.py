@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # Small colour photos, such as CIFAR-10's.
     "cifar": {
-        "epochs": 30,
+        "epochs": 28,
         "batch_size": 128,
         "optimizer": "Muon(lr=0.02, weight_decay=0.1)",
         "lr": 2e-3,
@@ -66,6 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "pos_embed": "sincos2d",
         "patch_drop": 0.5,
         **PHOTOS,
+        "rand_augment": 1,
     },
 }
 
