@@ -68,7 +68,7 @@ def load_data(
     check_data_flags(expected, given)
     trained = read_on_all_processes(given.get("init_from"), given.get("num_heads"), world)
     sizes = trained and trained.config
-    settings = resolve(options.recipe, expected, given, trained=sizes)
+    settings = resolve(options.recipe, expected, given, sizes, options.img_size)
     check_calls(settings.optimizer, settings.scheduler, swa_lr=settings.swa_lr, given=given)
     # Who names a folder wants what is in it: then the digits don't replace a missing MNIST.
     name = expected if "data_dir" in given else options.dataset

@@ -19,6 +19,7 @@ from vit_model import ViT
 
 TRAINING_IMAGES = 6000  # that tell how images of a class differ: more make no difference
 SHRINKAGE = 0.01  # of the mean variance, added to all: some directions have next to none
+LEAST_IMAGES = 100  # of validation, that tell a temperature
 FALSE_ALARMS = 0.01  # share of the validation images that are called strange
 
 
@@ -32,7 +33,8 @@ def fit(model: ViT, train: Split, val: BatchLoader) -> dict[str, Any]:
         val: the validation images, normalised for the model and not shuffled.
 
     Returns:
-        `temperature`, which `fit_temperature` finds on the validation images; `whitening` (L, D, D)
+        `temperature`, which `fit_temperature` finds on the validation images, 1 if they are fewer
+        than `LEAST_IMAGES`; `whitening` (L, D, D)
         and `centres` (L, K, D), which `strangeness` needs, from the training images; `threshold`,
         the strangeness that `FALSE_ALARMS` of the validation images exceed. Tensors are on the CPU.
     """
@@ -50,7 +52,7 @@ def fit(model: ViT, train: Split, val: BatchLoader) -> dict[str, Any]:
     centres = means.transpose(0, 1) @ whitening.double().mT
     calibration = {"whitening": whitening, "centres": centres.float()}
     limit = strangeness(vectors.float(), calibration).quantile(1 - FALSE_ALARMS)
-    temperature = fit_temperature(logits, labels)
+    temperature = fit_temperature(logits, labels) if len(labels) >= LEAST_IMAGES else 1.0
     return {"temperature": temperature, "threshold": limit.item(), **calibration}
 
 

@@ -161,7 +161,10 @@ def reliability(bins: Reliability, title: str) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
     if (counts < FEW_IMAGES).any():
         upper.bar(0, 0, color=(BLUE, 0.12), label=f"pale: fewer than {FEW_IMAGES} images")
+    if counts.max() < 50:  # less than two powers of ten
+        lower.yaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50]))
     lower.yaxis.set_major_formatter("{x:,.0f}")
+    lower.yaxis.set_minor_formatter(NullFormatter())
     figure.legend(loc="outside lower center", ncols=2, frameon=False, columnspacing=1.2)
     figure.suptitle(title)
     return figure

@@ -363,6 +363,10 @@ def _tell_left_out(listing: Listing, arrangement: Arrangement) -> None:
         for name in names:
             if name not in arrangement.class_names:
                 _note(f"class {name!r} has no image in {part} that can be used: it is left out")
+    tested = set(arrangement.labels[arrangement.parts[2]].tolist())
+    untested = [name for i, name in enumerate(arrangement.class_names) if i not in tested]
+    if untested:
+        _note(f"no image to test of: {some(untested, SHOWN)}")
     for name, count in zip(PARTS[1:], arrangement.copies, strict=True):
         if count:
             earlier = "train" if name == "val" else "train or validate"
@@ -376,7 +380,9 @@ def _tell_refused(listing: Listing, answers: list[int | str]) -> None:
         if folders:
             _note(f"left out, folders that are not a class's: {some(folders, SHOWN)}")
         if files:
-            _note(f"left out, files that are not images of a class: {some(files, SHOWN)}")
+            phones = any(name.lower().endswith((".heic", ".heif")) for name in files)
+            advice = " (save HEIC files as JPEG)" if phones else ""
+            _note(f"left out, files that are not images of a class{advice}: {some(files, SHOWN)}")
     pairs = zip(listing.files, answers, strict=True)
     refused = [f"{file.path} {answer}" for file, answer in pairs if isinstance(answer, str)]
     if refused:

@@ -17,6 +17,7 @@ from settings import Options, Settings
 # Sizes of the network that a trained model to start from fixes; its patches can be resampled.
 FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
 MANY = 16  # patches a side; a recipe's patches that would be more are made larger
+LEAST_STEPS = 20  # in an epoch of a small folder: a recipe's batches are made smaller for it
 # A run's average of weights spans at most this share of its steps, as the start must not be in it.
 SPAN = 0.25
 # The families of data/disturb.py, which --keep_clean and --augmix are about.
@@ -108,6 +109,8 @@ def resolve(
             f"--mlp_ratio {s.mlp_ratio} is too small for --embed_dim {s.embed_dim}: an MLP would "
             "have no neuron; raise one of them"
         )
+    if images and dataset == "folder" and "batch_size" not in given:
+        s = replace(s, batch_size=min(s.batch_size, max(8, images // LEAST_STEPS)))
     if images and s.ema_decay and "ema_decay" not in given:
         s = replace(s, ema_decay=_short_enough(s.ema_decay, s.epochs * ceil(images / s.batch_size)))
     if s.epochs == 1:
@@ -160,10 +163,10 @@ def _fit_to_images(s: Settings, img_size: int, given: Mapping[str, Any]) -> Sett
     # the cost of attention grows with the fourth power of the patches a side.
     wanted = MANY if fits else 8
     patch_size = min(divisors, key=lambda n: abs(img_size / n - wanted))
-    if patch_size == img_size:
+    if patch_size > img_size / 4 and img_size > 8:
         raise UserError(
-            f"--img_size {img_size} can only be cut into patches of 1 pixel or of all {img_size}: "
-            f"give another, such as {img_size + 1}, or say --patch_size 1"
+            f"--img_size {img_size} cannot be cut into 4 to {MANY} patches a side: give another, "
+            f"such as {8 * ceil(img_size / 8)}, or a --patch_size that divides it"
         )
     return replace(s, patch_size=patch_size)
 
