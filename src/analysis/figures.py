@@ -153,7 +153,7 @@ def ticks_with_ends(low: float, high: float, count: int = 5, whole: bool = False
     if not low < high:
         return np.array([low])
     between = MaxNLocator(count, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
-    clear = 0.6 * (between[1] - between[0])
+    clear = max(0.6 * (between[1] - between[0]), 0.7 / count * (high - low))
     between = between[(between > low + clear) & (between < high - clear)]
     return np.array([low, *between, high])
 
