@@ -12,20 +12,20 @@ from data.catalog import NAMED_SETS, PHOTOS
 RECIPES: dict[str, dict[str, Any]] = {
     # As published.
     "article": {},
-    # The least time to 99 % on a CPU: a quarter of the blocks, steps of twice the images, Muon.
+    # The least time to 99 % on a CPU: three blocks, Muon, and at first a quarter of the patches.
     "fast": {
-        "epochs": 6,
-        "batch_size": 256,
+        "epochs": 7,
         "label_smoothing": 0.0,
-        "optimizer": "Muon(lr=0.03, weight_decay=0.1)",
-        "lr": 2e-3,
+        "optimizer": "Muon(lr=0.02, weight_decay=0.1)",
+        "lr": 1.5e-3,
         "scheduler": "OneCycleLR(pct_start=0.05, anneal_strategy='linear', cycle_momentum=False)",
         "ema_decay": 0.99,
-        "depth": 4,
+        "depth": 3,
         "num_heads": 8,
         "dropout": 0.0,
         "pool": "mean",
         "pos_embed": "sincos2d",
+        "patch_drop": 0.75,
         "rotate": 6.0,
         "translate": 0.06,
     },
