@@ -122,13 +122,17 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def commit() -> str:
-    """The commit that is measured; "+" follows where files differ from it."""
-    told = ["git", "-C", str(SRC), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The commit that is measured; "+" follows where src or the benchmarks differ from it."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", SRC, *arguments], capture_output=True, text=True)
+
     try:
-        done = subprocess.run(told, capture_output=True, text=True)
+        head = git("rev-parse", "--short", "HEAD")
+        changed = git("diff", "--quiet", "HEAD", "--", ".", ":/benchmarks/*.py").returncode
     except OSError:  # no git
         return "no commit"
-    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no commit"
+    return f"commit {head.stdout.strip()}{'+' * changed}" if head.returncode == 0 else "no commit"
 
 
 def train_epoch(
