@@ -238,8 +238,8 @@ def test_flags_win_over_the_data_set_that_over_the_recipe_and_that_over_the_defa
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
-        ('"epochs": 7,', '"epochs": 0,', "its epochs: '0' given, expected a whole number"),
-        ('"epochs": 7,', '"epohcs": 7,', "epohcs"),
+        ('"epochs": 6,', '"epochs": 0,', "its epochs: '0' given, expected a whole number"),
+        ('"epochs": 6,', '"epohcs": 6,', "epohcs"),
         ('"pool": "mean",', '"pool": "max",', "its pool is none of cls, mean"),
     ],
 )
