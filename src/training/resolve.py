@@ -17,7 +17,7 @@ from settings import Options, Settings
 # Sizes of the network that a trained model to start from fixes; its patches can be resampled.
 FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
 MANY = 16  # patches a side; a recipe's patches that would be more are made larger
-LEAST_STEPS = 20  # in an epoch of a small folder: a recipe's batches are made smaller for it
+LEAST_STEPS = 4  # in an epoch of a small folder: a recipe's batches are made smaller for it
 # A run's average of weights spans at most this share of its steps, as the start must not be in it.
 SPAN = 0.25
 # The families of data/disturb.py, which --keep_clean and --augmix are about.
