@@ -149,6 +149,18 @@ def test_what_a_model_to_start_from_was_trained_on_is_never_tested_on(complete, 
     assert "note: 54 of 60 images left out: the model was trained on the same\n" in result.err
     scored = json.loads(Path("outputs/evaluation.json").read_text())
     assert scored["images"] == 6 and scored["data_dir"] == str(folder)
+    # Another folder's evaluation keeps this one.
+    other = draw_shapes(tmp_path / "other", count=2, seed=5)
+    run(inference.main, "--mode", "evaluate", "--data_dir", other, "--device", "cpu")
+    assert json.loads(Path("outputs/evaluation.1.json").read_text()) == scored
+    # A start from a start knows the first one's images, too, over other data and another format.
+    between = [*TRAIN, "--dataset", "digits", "--epochs", 1, "--train_samples", 50, *start]
+    complete(*between, "--save_dir", "between")
+    complete("--resume", "between", "--epochs", 2)
+    export = ("--mode", "safetensors", "--checkpoint", "between/best_model.pt")
+    assert run(inference.main, *export, "--output", "between.safetensors").status == 0
+    again = ["--init_from", "between.safetensors", "--save_dir", "again"]
+    assert told in complete(*flags, 1, *again, "--test_split", 0.4).err
     # With the same parts nothing needs to be left out; where nothing is left, it is said.
     assert "to test left out" not in complete(*flags, 1, *start, "--save_dir", "same").err
     for path in folder.glob("*/*.png"):
