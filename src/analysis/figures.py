@@ -164,6 +164,11 @@ def percent_formatter(span: float) -> PercentFormatter:
     return PercentFormatter(1, max(0, decimals), " %")
 
 
+def score_text(score: float) -> str:
+    """A share in percent; "-" where it is NaN, i.e. undefined."""
+    return "-" if math.isnan(score) else f"{100 * score:.2f}"
+
+
 def _look(number: int) -> dict[str, str]:
     """Colour and line style of a parameter group."""
     return {"color": COLORS[number % len(COLORS)], "linestyle": STYLES[number % len(STYLES)]}

@@ -5,7 +5,6 @@ stranger or edited by hand: it is checked, cut to one short line, and escaped.
 """
 
 import html
-import math
 import re
 from base64 import b64encode
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from markupsafe import Markup
 
 from analysis import figures
 from analysis.explain import Outputs, accuracy_interval, reliability
-from analysis.figures import one_line
+from analysis.figures import one_line, score_text
 from analysis.run_files import read_run_files
 from analysis.words import PICTURE, PREPARED, words_for
 from common.files import atomic_write, write_text
@@ -227,14 +226,10 @@ def reliability_text(outputs: Outputs) -> str:
     return f"{error} at temperature {outputs.temperature:.3f}, {without} at 1"
 
 
-def _percent(score: float) -> str:
-    return "-" if math.isnan(score) else f"{100 * score:.2f}"
-
-
 def _scores_by_class(outputs: Outputs, class_names: Sequence[str]) -> Table:
     images = outputs.confusion.sum(axis=1)
     rows = [
-        (one_line(name, 24), f"{count:,}", *map(_percent, scores))
+        (one_line(name, 24), f"{count:,}", *map(score_text, scores))
         for name, count, scores in zip(class_names, images, outputs.class_scores, strict=True)
     ]
     return Table(("class", "images", "precision (%)", "recall (%)", "F1 (%)"), rows)

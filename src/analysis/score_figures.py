@@ -14,7 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, NullFormatter
 
 from analysis.explain import Reliability, accuracy_interval
-from analysis.figures import BLUE, GREY, RED, tidy
+from analysis.figures import BLUE, GREY, RED, score_text, tidy
 from analysis.tiles import MORE_IS_DARKER, gallery, remove_frame, text_width
 
 MAX_WRITTEN = 26  # classes whose counts are written into the cells; of more, colours tell
@@ -112,8 +112,7 @@ def _class_scores(axes: Axes, scores: np.ndarray, fontsize: float) -> None:
     )
     lengths = width * np.nan_to_num(scores.ravel())
     axes.barh(rows.ravel(), lengths, 0.9, columns.ravel() - width / 2, fc="#b7d4ea")
-    texts = np.where(np.isnan(scores), "-", np.char.mod("%.2f", 100 * scores))
-    _write_cells(axes, texts, np.zeros_like(scores), fontsize)
+    _write_cells(axes, np.vectorize(score_text)(scores), np.zeros_like(scores), fontsize)
     axes.set_xticks(range(3), ["precision", "recall", "F1"])
     axes.set(title="By class (%)", xlim=(-0.5, 2.5), ylim=(len(scores) - 0.5, -0.5))
 

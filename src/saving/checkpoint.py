@@ -113,8 +113,9 @@ def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:
         config = validated_config(checkpoint.get("model_config", {}), state)
         check_tensors(state, config, path.stat().st_size)
         checkpoint |= _validated_description(checkpoint, config)
-        for name in KNOWN & checkpoint.keys():
-            _check_known(name, checkpoint[name], path.stat().st_size)
+        for name in KNOWN:
+            if name in checkpoint:
+                _check_known(name, checkpoint[name], path.stat().st_size)
         model = _rebuild(state, config)
     except Exception as error:  # a value of a wrong kind can raise anything
         raise refusal(path, error) from None
@@ -125,7 +126,7 @@ def known_images(checkpoint: dict[str, Any]) -> Tensor | None:
     """All images of folders that a model was trained on, as in `Dataset.trained_on`, those of the
     model that it started from included; None: unknown.
     """
-    known = [checkpoint[name] for name in sorted(KNOWN) if name in checkpoint]
+    known = [checkpoint[name] for name in KNOWN if name in checkpoint]
     return torch.cat(known) if known else None
 
 

@@ -41,6 +41,7 @@ def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
 
 # What tells one run from another; the machine doesn't, so that machines can be compared.
 IDENTITY = ("recipe", "dataset", "seed", "train_samples", "settings")
+# Of a run on a folder also the flags that say what its images are.
 OF_FOLDER = tuple(sorted(NEW - {"cache_dir"}))
 
 

@@ -22,7 +22,7 @@ SUFFIX, KEY = ".safetensors", "vit_mnist"
 # a network, and is left out.
 TOLD = ("format", "epoch", "best_acc", "model_config", "normalization", "preparation", "dataset")
 TOLD += ("source", "class_names", "settings", "fingerprint", "versions")
-KNOWN = {"trained_on", "trained_before"}  # images of folders, see `known_images`
+KNOWN = ("trained_on", "trained_before")  # images of folders, see `known_images`
 
 
 def reader_of(path: Path) -> Callable[[bytes], Any]:
@@ -40,9 +40,8 @@ def reader_of(path: Path) -> Callable[[bytes], Any]:
         if KEY not in told:
             return tensors
         checkpoint = {**json.loads(told[KEY]), "model_state_dict": tensors}
-        for name in KNOWN & checkpoint.keys():
-            checkpoint[name] = torch.tensor(checkpoint[name], dtype=torch.int64)
-        return checkpoint
+        known = {name: checkpoint[name] for name in KNOWN if name in checkpoint}
+        return checkpoint | {n: torch.tensor(v, dtype=torch.int64) for n, v in known.items()}
 
     return read
 
@@ -61,7 +60,7 @@ def write_safetensors(
     if checkpoint is not None:
         told = {name: checkpoint[name] for name in TOLD if name in checkpoint}
         told["calibration"] = {"temperature": checkpoint["calibration"]["temperature"]}
-        told |= {name: checkpoint[name].tolist() for name in KNOWN & checkpoint.keys()}
+        told |= {name: checkpoint[name].tolist() for name in KNOWN if name in checkpoint}
         metadata[KEY] = json.dumps(told, default=str, skipkeys=True)  # settings may be anything
     content = save({name: tensor.contiguous() for name, tensor in state.items()}, metadata)
     with atomic_write(path) as temporary:
