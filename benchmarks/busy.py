@@ -61,8 +61,8 @@ def in_a_process(variables: dict[str, str], number: int) -> list[float]:
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     command = [sys.executable, __file__, "--one", str(number), "--device", "cpu"]
-    done = subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    printed = subprocess.check_output(command, env=kept | variables, text=True)
+    return json.loads(printed.splitlines()[-1])
 
 
 def main() -> None:

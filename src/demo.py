@@ -1,6 +1,4 @@
-"""A web page to draw digits on, or to drop pictures on, by what the model was trained on: what the
-network sees, what it received, where it looked.
-"""
+"""A web page to draw digits on, or to drop pictures on: what the network sees, where it looked."""
 
 import common.startup  # noqa: F401 before PyTorch
 

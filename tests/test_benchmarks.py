@@ -61,7 +61,7 @@ def test_every_benchmark_explains_itself_and_errs_in_one_line(bench, script):
 @pytest.mark.parametrize("script", SHORT)
 def test_a_benchmark_prints_its_table(script):
     command = [sys.executable, BENCHMARKS / script, *shlex.split(SHORT[script]), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     printed = done.stdout
     title, command, machine, header, line, *rows = [each for each in printed.splitlines() if each]
     assert title.startswith("### ") and command.startswith(f"`python benchmarks/{script} ")
@@ -76,7 +76,7 @@ def test_a_benchmark_prints_its_table(script):
 def test_a_folder_is_read_in_each_way(tmp_path):
     folder = draw_shapes(tmp_path / "shapes")
     command = [sys.executable, BENCHMARKS / "reading.py", "--data_dir", folder, "--device", "cpu"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert [row[1] for row in rows[1:]] == ["18", "18", "18", "18"]
     assert sorted(path.name for path in folder.iterdir()) == ["cross", "disc", "square"]

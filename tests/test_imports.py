@@ -48,7 +48,7 @@ def test_imports_go_one_way_and_in_no_circle():
 def test_what_reads_the_flags_imports_nothing_large():
     code = f"import sys, {', '.join(LIGHT)}; print({{'torch', 'numpy'}} & set(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=SRC, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=SRC, stdout=subprocess.PIPE, text=True, check=True
     )
     assert done.stdout == "set()\n"
 
@@ -57,6 +57,6 @@ def test_inference_imports_nothing_large_that_it_may_not_need():
     large = {"torchvision", "torch._dynamo", "sklearn", "scipy.stats"}  # each takes seconds
     code = f"import sys, inference; print({large} & set(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=SRC, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=SRC, stdout=subprocess.PIPE, text=True, check=True
     )
     assert done.stdout == "set()\n"

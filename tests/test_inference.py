@@ -88,7 +88,7 @@ def test_the_chain_of_commands_from_training_to_export(tmp_path):
 
     def command(*arguments) -> str:
         command = [sys.executable, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
         return done.stdout
 
     tiny = "train.py --dataset digits --epochs 1 --depth 1 --embed-dim 16".split()

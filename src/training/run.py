@@ -156,7 +156,8 @@ class Run:
         if self.device.type == "cpu" and world.size == 1:
             startup.note_busy_cores(torch.get_num_threads())
         settings = {n: v for n, v in asdict(self.settings).items() if n not in SHOWN_AS_CALLS}
-        shown = ", ".join(f"{n} {v}" for n, v in settings.items() if v is not None)
+        off = (None, 0, "none")
+        shown = ", ".join(f"{n} {v}" for n, v in settings.items() if v not in off)
         print(f"recipe:   {options.recipe}: {shown}")
         print(f"steps:    {self.optimizer.text}; {schedule}")
         kept = (self.settings.ema_decay or 0) ** (self.settings.epochs * len(self.loaders[0]))

@@ -185,7 +185,6 @@ def test_image_files_are_known_by_their_names():
 
 def test_what_reads_pictures_starts_without_pytorch():
     code = "import sys, data.decode; print({'torch', 'scipy', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "src", capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT / "src", stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout == "set()\n"
