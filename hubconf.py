@@ -35,6 +35,12 @@ def vit_mnist() -> torch.nn.Module:
 def _transforms(image, mean: list[float], std: list[float]) -> torch.Tensor:
     """float32 (B, 1, 28, 28), normalised. Raises ValueError for arrays of another kind."""
     if hasattr(image, "convert"):  # PIL's
+        if image.has_transparency_data:  # black ink on nothing is black ink on white paper
+            image = image.convert("RGBA")
+            paper = image.copy()
+            paper.paste((255, 255, 255, 255), (0, 0, *image.size))
+            paper.alpha_composite(image)
+            image = paper
         small = image.convert("L").resize((28, 28))
         image = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(28, 28)
     pixels = torch.as_tensor(image)
@@ -46,7 +52,8 @@ def _transforms(image, mean: list[float], std: list[float]) -> torch.Tensor:
     pixels = pixels.reshape(-1, 1, 28, 28)
     dark_on_light = pixels.flatten(1).median(dim=1).values > 127
     pixels = torch.where(dark_on_light.view(-1, 1, 1, 1), 255 - pixels, pixels)
-    return (pixels / 255 - torch.tensor(mean)) / torch.tensor(std)
+    mean, std = torch.tensor([mean, std], device=pixels.device)
+    return (pixels / 255 - mean) / std
 
 
 def _module(path: pathlib.Path) -> types.ModuleType:

@@ -29,7 +29,6 @@ from data.disturb import FAMILIES, Draw, disturb
 from data.load import load_dataset
 from recipes import RECIPES
 from settings import Settings, add_flags, section_of
-from train import forward_backward
 from training.speed import keep_freed_memory
 from utils import Batch
 from vit_model import ViT
@@ -80,12 +79,8 @@ def times(
     )
     batch = Batch(images, split.labels, split.labels, len(images))
 
-    def step() -> None:
-        forward_backward(model, nn.CrossEntropyLoss(), optimizer, batch, precision=precision)
-        optim.clip_gradients(optimizer, settings.grad_clip)
-        optimizer.step()
-
-    timed = {"a training step": step}
+    parts = model, nn.CrossEntropyLoss(), optimizer, batch, settings.grad_clip
+    timed = {"a training step": partial(report.train_step, *parts, precision=precision)}
     for name, share in augment.shares.items():
         alone = {name: share}, generator, augment.keep_clean
         timed[f"`--{name} {share}`"] = partial(disturb, images, *alone)

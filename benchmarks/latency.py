@@ -23,10 +23,10 @@ from settings import add_flags
 from vit_model import ViT
 
 
-def export(model: ViT) -> dict[str, bytes]:
+def export(model: ViT, images: Tensor) -> dict[str, bytes]:
     """The network as ONNX, by the name of what runs it."""
-    plain = to_onnx(model, torch.zeros(2, 1, 28, 28))
-    quantized = to_int8(plain, torch.randn(100, 1, 28, 28))
+    plain = to_onnx(model, images[:2])
+    quantized = to_int8(plain, images)
     return {"ONNX Runtime": to_bytes(plain), "ONNX Runtime, int8": to_bytes(quantized)}
 
 
@@ -60,7 +60,8 @@ def main() -> None:
     device = choose_device(args.device)
     model = load_checkpoint(args.checkpoint)[0] if args.checkpoint else ViT().eval()
     # The GPU's build of ONNX Runtime is none of our packages.
-    exported = export(model) if device.type == "cpu" else {}
+    side, channels = model.patch_embed.img_size, model.patch_embed.proj.in_channels
+    exported = export(model, torch.randn(100, channels, side, side)) if device.type == "cpu" else {}
     model = model.to(device)
 
     def seconds(run: Callable, images: Tensor) -> float:
@@ -74,7 +75,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         runtimes = build_runtimes(model, exported, device)
         for batch_size in args.batch_sizes:
-            images = torch.randn(batch_size, 1, 28, 28, device=device)
+            images = torch.randn(batch_size, channels, side, side, device=device)
             with torch.inference_mode():
                 for run in runtimes.values():
                     seconds(run, images)  # warm-up

@@ -6,11 +6,13 @@ fp32 or under bf16 autocast, with the augmentation and the optimizer of the `art
 
 import report  # finds src
 
+import os
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,9 @@ class PlainWay:
         arguments = theirs, data_dir, batch_size, num_workers, device
         # CUDA does not survive a fork.
         self._process = get_context("spawn").Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
+        # libgomp's own, which src/common/startup.py lowers for all that is started from here.
+        with patch.dict(os.environ, GOMP_SPINCOUNT="300000"):
+            self._process.start()
         theirs.close()  # so that waiting for an answer ends if the process does
 
     def seconds(self, precision: str, steps: int) -> float:

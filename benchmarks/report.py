@@ -146,17 +146,34 @@ def train_epoch(
     """The steps of src/train.py over one pass, without what a run does beside them."""
     for number, (images, labels) in enumerate(loader):
         batch = Batch(images, labels, labels, loader.size_of(number))
-        forward_backward(network, criterion, optimizer, batch, **how)
-        clip_gradients(optimizer, grad_clip)
-        optimizer.step()
+        train_step(network, criterion, optimizer, batch, grad_clip, **how)
+
+
+def train_step(
+    network: Callable[[Tensor], Tensor],
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    batch: Batch,
+    grad_clip: float,
+    **how: Any,
+) -> None:
+    """A step of src/train.py."""
+    forward_backward(network, criterion, optimizer, batch, **how)
+    clip_gradients(optimizer, grad_clip)
+    optimizer.step()
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """How long `run` takes, until the device is done."""
+
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    wait()
     start = time.perf_counter()
     run()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+    wait()
     return time.perf_counter() - start
 
 

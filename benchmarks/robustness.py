@@ -33,9 +33,8 @@ from corruptions import KINDS, corrupt
 from data.catalog import DIGITS
 from data.dataset import Split
 from data.load import load_dataset
-from deploy.predict import check_image_shape
 from paper import read_all
-from saving.checkpoint import find_checkpoint, load_checkpoint
+from saving.checkpoint import find_checkpoint, image_shape, load_checkpoint
 from settings import add_flags
 from utils import BatchLoader
 from vit_model import ViT
@@ -92,7 +91,8 @@ def load_readers(paths: Sequence[str] | None, device: torch.device) -> list[Read
     for given in paths or [None]:
         path = find_checkpoint(given)
         model, checkpoint = load_checkpoint(path)
-        check_image_shape(checkpoint, path)
+        if (shape := image_shape(checkpoint)) != (1, 28, 28):
+            raise UserError(f"{path} takes images of {shape}: name a model of (1, 28, 28)")
         if tuple(checkpoint["class_names"]) != DIGITS:
             raise UserError(f"{path} knows other classes than the ten digits: name a model of them")
         about = checkpoint["normalization"], checkpoint["source"]

@@ -8,6 +8,7 @@ for each one forward; elementwise work counts as nothing.
 import report  # finds src
 
 import statistics
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +19,6 @@ from common import cli
 from common.device import choose_device
 from recipes import RECIPES
 from settings import Settings, add_flags, section_of
-from train import forward_backward
 from training.speed import compile_network, keep_freed_memory
 from utils import Batch
 from vit_model import ViT
@@ -54,10 +54,8 @@ def main() -> None:
             model(images)
         network = compile_network(model, args.compile, images, precision)
 
-        def step(network=network, optimizer=optimizer, precision=precision) -> None:
-            forward_backward(network, criterion, optimizer, batch, precision=precision)
-            optim.clip_gradients(optimizer, settings.grad_clip)
-            optimizer.step()
+        parts = network, criterion, optimizer, batch, settings.grad_clip
+        step = partial(report.train_step, *parts, precision=precision)
 
         flops = 3 * counter.get_total_flops()
         turns = [report.seconds(step, device) for _ in range(args.turns + 3)]

@@ -91,7 +91,7 @@ class Task:
 
     def names(self, classes: Iterable[int] | None = None) -> list[str]:
         """The names of these classes, or of all, as pictures can show them."""
-        names = [figures.label(name) for name in self.checkpoint["class_names"]]
+        names = figures.labels(self.checkpoint["class_names"])
         return names if classes is None else [names[i] for i in classes]
 
 
@@ -322,7 +322,7 @@ def load_images(task: Task, needed_by: str | None = None) -> Dataset | None:
         if needed_by:
             raise UserError(f"{needed_by} needs training images: {error}") from None
         reason = " ".join(str(error).split())
-        print(f"note: the validation accuracy is not measured: {reason}", file=sys.stderr)
+        print(f"note: nothing is measured on validation images: {reason}", file=sys.stderr)
 
 
 def write_export(path: Path, content: bytes) -> None:

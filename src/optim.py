@@ -81,14 +81,14 @@ def build_optimizer(
     device = next(model.parameters()).device
     # Adagrad's fused implementation is for CPUs alone in older releases.
     can_fuse = device.type in (("cpu",) if call.cls is torch.optim.Adagrad else ("cpu", "cuda"))
-    if "fused" in known and "fused" not in arguments and not arguments.get("foreach"):
-        arguments["fused"] = can_fuse  # PyTorch chooses between the other implementations itself
+    if can_fuse and "fused" in known and "fused" not in arguments and not arguments.get("foreach"):
+        arguments["fused"] = True  # else PyTorch chooses itself, which a False would keep it from
     with naming(call):
         _rehearse(call.cls, arguments, device)
         if is_muon:
             named = model.named_parameters()
             arguments["packed"] = {p: 3 for n, p in named if n.endswith("in_proj_weight")}
-            adamw = {"lr": lr, "weight_decay": weight_decay, "fused": can_fuse}
+            adamw = {"lr": lr, "weight_decay": weight_decay, "fused": can_fuse or None}
             optimizer = MuonWithAdamW(groups, muon=arguments, adamw=adamw)
         else:
             optimizer = call.cls(groups, **arguments)

@@ -127,7 +127,7 @@ def train(
             for batch in map(mix, run.batches(train_loader)):
                 loss, hits = compute_gradients(batch)  # zero_grad, forward, backward
                 grad_norm = clip_gradients(optimizer, settings.grad_clip)
-                # The same answer in all processes. On a GPU the check comes some steps later.
+                # The same answer in all processes. On a GPU the check may come some steps later.
                 finite = run.is_finite(loss, grad_norm)
                 if finite:  # else the step is left out, with --on_nonfinite skip
                     take_step(optimizer, compute_gradients, batch, world)

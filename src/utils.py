@@ -85,7 +85,7 @@ class BatchLoader:
 
     def numbered(self, first: int, step: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """Every `step`th batch from number `first` on, unshuffled, with its number from 0."""
-        batches = torch.arange(len(self.split)).split(self.batch_size)
+        batches = self._in_order().split(self.batch_size)
         for i in range(first, len(batches), step):
             yield i, self._batch(0, i + 1, 0, batches[i])
 
@@ -100,9 +100,12 @@ class BatchLoader:
         """How many images a step's batch has in all processes together; counted from 0."""
         return min(self.batch_size, len(self.split) - step * self.batch_size)
 
+    def _in_order(self) -> Tensor:
+        return torch.arange(len(self.split), device=self.split.labels.device)
+
     def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:
-            return torch.arange(len(self.split))
+            return self._in_order()
         # Batches are numbered from 1: number 0 is the order's. It is drawn on the CPU: a run that
         # moves to another device in mid-epoch leaves no image out.
         generator = self._generator(epoch, 0, 0, "cpu")

@@ -59,6 +59,9 @@ def test_pictures_and_arrays_become_what_the_model_takes(hub):
     for same in (small, 255 - small, torch.from_numpy(small), Image.fromarray(255 - small)):
         assert torch.equal(hub.transforms(same), x)
     assert torch.equal(hub.transforms(np.stack([small, 255 - small])), torch.cat((x, x)))
+    ink = Image.new("RGBA", picture.size, (0, 0, 0, 0))  # on nothing, which is black
+    ink.paste(picture, mask=picture.convert("L").point(lambda light: 255 * (light < 255)))
+    assert torch.equal(hub.transforms(ink), x)
     probabilities = (hub(x) / hub.temperature).softmax(dim=1)
     model, checkpoint = load_checkpoint(PRETRAINED)
     expected = predict(model, 255 - small[None, None], checkpoint).probabilities

@@ -281,6 +281,7 @@ def test_list_names_everything_with_its_defaults_and_needs_no_matplotlib():
         ("--plot --epochs 10", "--epochs is for one schedule"),
         ("--plot --scheduler cosine --epochs 2000000", "--epochs 2000000 x"),
         ("", "nothing to do: give --list or --plot"),
+        ("--list --lr 0.1", "--lr has no effect without --plot"),
     ],
 )
 def test_a_wrong_flag_is_answered_before_pytorch_is_imported(flags, message):

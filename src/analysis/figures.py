@@ -1,16 +1,19 @@
 """Figures of a training run and of schedules, and what all figures share.
 
-Nothing needs a display or keeps global state. model_figures.py draws a trained model.
+Nothing needs a display. model_figures.py draws a trained model.
 """
 
 import io
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
@@ -23,6 +26,12 @@ from common.files import atomic_write
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 COLORS = (BLUE, RED, GREEN, "#CC79A7", ORANGE, "#56B4E9")
 STYLES = ("-", "--", "-.", ":")  # tell the lines apart in print, too
+# Fonts with Chinese, Japanese and Korean letters, which Matplotlib's own lacks: names of classes
+# may have them.
+EAST_ASIAN = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei")
+EAST_ASIAN += ("Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS")
+_installed = [name for name in EAST_ASIAN if name in font_manager.get_font_names()]
+matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_installed[:1]]
 
 
 def check_format(path: Path) -> None:
@@ -55,6 +64,13 @@ def one_line(text: str, limit: int) -> str:
 def label(text: str) -> str:
     """`one_line` for a figure: at most 20 characters, and never read as a formula."""
     return one_line(text, 20).replace("\\", "/").replace("$", r"\$")
+
+
+def labels(texts: Sequence[str]) -> list[str]:
+    """`label` of each; those that it makes alike are numbered."""
+    short = [label(text) for text in texts]
+    counts = Counter(short)
+    return [name if counts[name] == 1 else f"{name} {i}" for i, name in enumerate(short)]
 
 
 def training_curves(history: dict[str, Any]) -> Figure:

@@ -20,6 +20,7 @@ from analysis.tiles import MORE_IS_DARKER, gallery, remove_frame, text_width
 MAX_WRITTEN = 26  # classes whose counts are written into the cells; of more, colours tell
 MATRIX_SIDE = 6.4, 8.2  # inches of a confusion matrix of few classes, and of up to 58
 LEAST_ROW = 0.14  # inches; a class's name of 7 points stands in it
+LARGEST_SIDE = 40  # inches: of 286 classes; names of more become too small to read
 FEW_IMAGES = 10  # a bin with fewer is drawn pale: its accuracy says little
 
 
@@ -60,6 +61,7 @@ def confusion(
             `probabilities`, as `predictions` takes them; at most 16 are shown.
     """
     side = max(np.clip(0.82 * len(counts), *MATRIX_SIDE), LEAST_ROW * len(counts))
+    side = min(side, LARGEST_SIDE)
     fontsize = min(10, 0.75 * 72 * side / len(counts))
     margin = max(text_width(name, fontsize) for name in class_names)
     width = 1.36 * side + 2 * margin + 1.2

@@ -129,8 +129,8 @@ def check_flags(parse_args: Callable[[], object]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main` and end the process.
 
-    The status is 0, 2 after a `UserError`, 1 where the machine failed, 130 after Ctrl-C, 141 where
-    nobody reads the output any more, 129 where the terminal was closed.
+    The status is 0, 2 after a `UserError` or out of memory, 1 where the machine failed, 130 after
+    Ctrl-C, 141 where nobody reads the output any more, 129 where the terminal was closed.
     """
     startup.imports_are_done()
     if hasattr(sys.stdout, "reconfigure"):  # a pipe's reader sees each line at once
@@ -180,7 +180,7 @@ def _run(main: Callable[[], object]) -> None:
             _fail(f"out of memory; {advice}", alone=True)
         if type(error).__name__ != "AcceleratorError":  # PyTorch's
             raise
-        advice = "all saves are intact; continue with --resume"
+        advice = "all saves of a training run are intact: continue it with --resume"
         _fail(f"the GPU failed ({error}); {advice}", 1, alone=True)
     except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":

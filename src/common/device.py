@@ -26,6 +26,8 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if (device.index or 0) >= torch.cuda.device_count() and device.type == "cuda":
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, from cuda:0")
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, in convolutions as in products
     return device
 
 
@@ -34,7 +36,8 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and _cpu_computes_bf16()
     return "bf16" if fast else "fp32"

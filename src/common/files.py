@@ -21,8 +21,8 @@ _TEMPORARY = ".tmp"  # in the names of files that are being written
 def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; once the block has written to it, rename it to `path`.
 
-    The new file is on the disk before it is renamed, and the old one is renamed to `keep` if that
-    is given. So there is a complete file, new or old, at any time. Raises UserError if the folder
+    The new file is on the disk before it is renamed, and the old one stays as `keep` if that is
+    given. So `path` is a complete file, new or old, at any time. Raises UserError if the folder
     or the file can't be written. The old file is still there.
     """
     path = Path(path).resolve()  # a symbolic link is kept, the file that it points to replaced
@@ -33,17 +33,28 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            os.replace(path, keep)
+            _keep_as(path, Path(keep))
         os.replace(temporary, path)
         with suppress(OSError):  # the new name is on the disk, where a folder can be opened
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise cannot_write(path, error) from None
     finally:
         with suppress(OSError):  # renamed, or never created
             temporary.unlink()
+
+
+def _keep_as(path: Path, kept: Path) -> None:
+    """Give a file a second name; only that where the file system knows no hard links."""
+    kept.unlink(missing_ok=True)
+    try:
+        os.link(path, kept)
+    except OSError:
+        os.replace(path, kept)
 
 
 def write_text(path: str | Path, text: str, keep: str | Path | None = None) -> None:

@@ -25,8 +25,8 @@ class Augment:
     In this order: it is mirrored and cropped; turned, moved, scaled, sheared and bent, all of that
     by one bilinear resampling, where 0 comes in from outside; its colours vary; RandAugment; light
     and strokes change; a rectangle is erased. A strength of 0 leaves its change out, which then
-    draws nothing, so that a seed gives the same batches as before there was this change. The
-    defaults are the published recipe's.
+    draws nothing (but for `rotate` and `translate`), so that a seed gives the same batches as
+    before there was this change. The defaults are the published recipe's.
 
     Args:
         rotate: rotation is uniform in [-rotate, rotate] degrees.

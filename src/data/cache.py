@@ -108,7 +108,7 @@ def load(place: Place, num_files: int, img_size: int | None, in_chans: int | Non
         img_size: side of the images; None: it was found from the images.
         in_chans: their channels; None: the same.
     """
-    if place.index.exists() or place.array.exists():
+    if os.path.exists(place.index) or os.path.exists(place.array):
         try:
             index, images = _read(place, num_files)
         except Exception:  # whatever a damaged file brings up

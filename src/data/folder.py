@@ -313,7 +313,10 @@ def _read_all(
         if place is None:
             return cache.Cached(answers, np.ascontiguousarray(images[order]))
         cache.save(place, answers, images, order, how["img_size"], how["in_chans"])
-    return cache.Cached(answers, np.lib.format.open_memmap(place.array, mode="c"))
+    images = np.lib.format.open_memmap(place.array, mode="c")
+    if images.shape != (len(order), in_chans, side, side):
+        raise UserError(f"{place.array} was replaced by another run: give each its --cache_dir")
+    return cache.Cached(answers, images)
 
 
 def _decode(

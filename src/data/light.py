@@ -90,7 +90,8 @@ def add_noise(images: Tensor, noise: Tensor, deviation: Tensor, power: Tensor) -
     Args:
         noise: (B, C, S, S), of mean 0 and variance 1.
     """
-    return (images + per_image(deviation) * images ** per_image(power) * noise).clamp_(0, 1)
+    light = images.clamp(min=0) ** per_image(power)  # rounding may have left a little below 0
+    return (images + per_image(deviation) * light * noise).clamp_(0, 1)
 
 
 def replace_pixels(images: Tensor, uniform: Tensor, share: Tensor) -> Tensor:

@@ -34,7 +34,10 @@ def as_text(result: dict[str, Any], words: Words) -> str:
             likeliest = sorted(row["probabilities"].items(), key=lambda each: -each[1])[:SHOWN]
             shown = ", ".join(share(*each) for each in likeliest)
             shown += f": {words.strange}" if row[words.strange_key] else ""
-        lines.append(f"{row['image']}: {shown}\n")
+        # A file's name may have line breaks, or codes that control a terminal.
+        name = os.fsencode(row["image"]).decode(errors="replace")
+        name = "".join(c if c.isprintable() else "?" for c in name)
+        lines.append(f"{name}: {shown}\n")
     return "".join(lines)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy import ndimage
 
 from common.errors import UserError
-from data.pictures import FORMATS, MAX_SIDE, read_picture  # noqa: F401 two are re-exported
+from data.pictures import read_picture
 from deploy.digit_pieces import group_pieces
 from deploy.printed_lines import without_lines
 

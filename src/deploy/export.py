@@ -301,7 +301,7 @@ def compare(exported: Exported, precision: str, name: str, val: Split | None) ->
         if before - after > MAX_LOSS + chance:
             raise UserError(
                 f"{name} in {precision} has a validation accuracy of {after:.2f} %, expected at "
-                f"most {MAX_LOSS:g} point below PyTorch's {before:.2f} %: {advice}"
+                f"most {MAX_LOSS + chance:.1f} points below PyTorch's {before:.2f} %: {advice}"
             )
     rows += [["latency, one image", *(f"{1000 * s:.2f} ms" for s in exported.latencies())]]
     notes += [f"latency: CPU, threads: {torch.get_num_threads()}, median of {LATENCY_CALLS} calls"]

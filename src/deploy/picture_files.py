@@ -1,6 +1,7 @@
 """The pictures that `--image` names: files, folders of them, one on stdin."""
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def list_images(names: list[str]) -> list[str]:
         raise UserError(f"--image {STDIN} given {names.count(STDIN)} times: stdin is one image")
     images = []
     for name in names:
-        if name == STDIN or not Path(name).is_dir():
+        if name == STDIN or not os.path.isdir(name):
             images.append(name)
             continue
         inside = images_in(Path(name))

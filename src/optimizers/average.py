@@ -27,9 +27,8 @@ class WeightAverage:
         self.model, self.ema_decay, self.swa_start = model, ema_decay, swa_start
         self._averaged = None
         if ema_decay:
-            average = swa_utils.get_ema_multi_avg_fn(ema_decay)
-            self._averaged = swa_utils.AveragedModel(model, multi_avg_fn=average)
-        elif swa_start is not None:
+            self._move = swa_utils.get_ema_multi_avg_fn(ema_decay)
+        if ema_decay or swa_start is not None:
             self._averaged = swa_utils.AveragedModel(model)
 
     @property
@@ -44,8 +43,12 @@ class WeightAverage:
 
     def step_batch(self) -> None:
         """To be called after every step of the optimizer."""
-        if self.ema_decay:
-            self._averaged.update_parameters(self.model)
+        if self.ema_decay and not self.active:
+            self._averaged.update_parameters(self.model)  # the first time a copy
+        elif self.ema_decay:
+            # As update_parameters does it, which would make Python wait for a GPU.
+            self._move([*self._averaged.module.parameters()], [*self.model.parameters()], None)
+            self._averaged.n_averaged += 1
 
     def step_epoch(self, epoch: int) -> None:
         """To be called after every epoch, counted from 1, before validation."""

@@ -34,6 +34,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
             f"draw: expected at most {MAX_PLOTTED:,} steps"
         )
     others = given.keys() - {"plot", "list", "output", "scheduler"}
+    if not args.plot and len(given) > 1:
+        raise UserError(f"--{min(given.keys() - {'list'})} has no effect without --plot")
     if args.plot and others and not args.scheduler:
         raise UserError(
             f"--{min(others)} is for one schedule: name it with --scheduler, or leave it out to "

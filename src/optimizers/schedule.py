@@ -178,7 +178,7 @@ class Schedule:
     # ------------------------------------------------------------------------------------ stepping
 
     def step_batch(self) -> None:
-        """To be called after every step of the optimizer."""
+        """To be called after every batch."""
         self._batch += 1
         if self._epoch < self.warmup_epochs:
             self._warm_up()

@@ -166,7 +166,7 @@ def _attention_figure(model: ViT, loader: BatchLoader, class_names: list[str]) -
     with torch.no_grad():
         confidence, predicted = model(images).softmax(dim=1).max(dim=1)
     weights = explain.attention_weights(model, images)
-    names = [figures.label(name) for name in class_names]
+    names = figures.labels(class_names)
     shown = enumerate(zip(predicted.tolist(), confidence.tolist(), labels.tolist(), strict=True))
     pixels = as_pictures(loader.split.images[:DRAWN].cpu().numpy())
     return model_figures.attention(

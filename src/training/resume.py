@@ -31,6 +31,7 @@ from settings import FLAGS, Options, Settings
 from training.epoch_sums import EpochSums
 from training.resolve import resolve
 
+LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
 LAST, PREVIOUS, PATHS_FILE = "last.pt", "last.prev.pt", "last.paths.json"
 # Flags whose values stand in PATHS_FILE.
 PATHS = ("data_dir", "cache_dir", "output_dir", "todo_path")
@@ -76,13 +77,15 @@ def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: b
         (folder / PREVIOUS).unlink(missing_ok=True)
 
 
-def command_to_continue(options: Options, last_path: Path) -> str:
+def command_to_continue(options: Options, last_path: Path, processes: int) -> str:
     """The command that continues a run, with the flags about the machine, which are not saved."""
-    flags = ["train.py", "--resume", str(last_path)]
+    launch = "launch.py" if LAUNCH.parent == Path.cwd() else str(LAUNCH)
+    together = ["--nproc", str(processes)] if processes > 1 else []
+    command = ["python3", launch, *together, "train.py", "--resume", str(last_path)]
     for name in ("device", "compile", "log"):
         if getattr(options, name) != FLAGS[name].default:
-            flags += [f"--{name}", getattr(options, name)]
-    return shlex.join(flags)
+            command += [f"--{name}", getattr(options, name)]
+    return shlex.join(command)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -165,7 +168,7 @@ def go_on(
     before = {**vars(stored), **settings}
     for name, value in given.items():
         may_change = FLAGS[name].metadata["changes"]
-        if not may_change and value not in (before[name], "auto"):
+        if not may_change and value != before[name] and (name, value) != ("dataset", "auto"):
             raise UserError(
                 f"--{name} {value} contradicts the run in {path}, which has {before[name]}: leave "
                 "it out, or leave --resume out to start a new run"
@@ -250,7 +253,9 @@ def restore(
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of PyTorch's generators in this process: dropout alone draws from them."""
+    """The state of PyTorch's generators in this process: dropout, the patches that are left out,
+    mixup and CutMix draw from them.
+    """
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 

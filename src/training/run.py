@@ -156,9 +156,9 @@ class Run:
         if self.device.type == "cpu" and world.size == 1:
             startup.note_busy_cores(torch.get_num_threads())
         settings = {n: v for n, v in asdict(self.settings).items() if n not in SHOWN_AS_CALLS}
-        off = (None, 0, "none")
-        shown = ", ".join(f"{n} {v}" for n, v in settings.items() if v not in off)
-        print(f"recipe:   {options.recipe}: {shown}")
+        off = {"layer_decay": 1.0}  # of all others 0, "none" or None
+        shown = [f"{n} {v}" for n, v in settings.items() if v not in (off.get(n), None, 0, "none")]
+        print(f"recipe:   {options.recipe}: {', '.join(shown)}")
         print(f"steps:    {self.optimizer.text}; {schedule}")
         kept = (self.settings.ema_decay or 0) ** (self.settings.epochs * len(self.loaders[0]))
         if kept > 0.2:
@@ -227,8 +227,8 @@ class Run:
     def is_finite(self, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether the step's loss and gradient are numbers in all processes, so that it is taken.
 
-        A GPU is asked every 20 steps and before each save; until then the answer is yes. Raises
-        NotFiniteError if they are not, and such steps are not to be skipped.
+        Unless such steps are to be skipped, a GPU is asked every 20 steps and before each save;
+        until then the answer is yes. Raises NotFiniteError if they are not to be skipped.
         """
         finite = self.world.all(torch.isfinite(loss) & torch.isfinite(grad_norm))
         if self._asks_later:
@@ -321,7 +321,7 @@ class Run:
         )
 
     def _command_to_continue(self) -> str:
-        return resume.command_to_continue(self.options, self.files.paths.last)
+        return resume.command_to_continue(self.options, self.files.paths.last, self.world.size)
 
     # --------------------------------------------------------------------------------------- end
 

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.distributed import World
 from common.errors import UserError
 from utils import BatchLoader
+from vit_model import ViT
 
 
 def keep_freed_memory() -> None:
@@ -30,7 +31,7 @@ def keep_freed_memory() -> None:
 
 
 def prepare(
-    model: nn.Module,
+    model: ViT,
     mode: str,
     loader: BatchLoader,
     *,
@@ -55,13 +56,14 @@ def prepare(
 
 
 def compile_network(
-    model: nn.Module, mode: str, sample: Tensor, precision: str
+    model: ViT, mode: str, sample: Tensor, precision: str
 ) -> Callable[[Tensor], Tensor]:
     """What to call in training: `model` itself, or it compiled by `torch.compile`.
 
-    Compiling happens here, not in the first step; where it fails, there is a note on stderr and the
-    model runs as it is. A batch of another shape than `sample`, the last of an epoch, goes through
-    the model as it is too: compiling once more would take longer.
+    Compiling happens here, not in the first step: with the model's `patch_drop` and without, as a
+    run has both. Where it fails, there is a note on stderr and the model runs as it is. A batch of
+    another shape than `sample`, the last of an epoch, goes through the model as it is too:
+    compiling once more would take longer.
 
     Args:
         mode: "on", "off", or "auto", which compiles for CUDA: there a step of small kernels waits
@@ -74,9 +76,10 @@ def compile_network(
         return model
     # reduce-overhead: CUDA graphs, so that Python launches a step at once.
     compiled = torch.compile(model, mode="reduce-overhead" if cuda else None, dynamic=False)
+    share = model.patch_drop
     try:
         with torch.random.fork_rng([device] if cuda else []):
-            for _ in range(3):  # CUDA graphs are recorded after a first pass
+            for model.patch_drop in (share, 0.0) * 3:  # CUDA graphs are recorded after a first pass
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     logits = compiled(sample)
                 logits.float().sum().backward()
@@ -87,4 +90,5 @@ def compile_network(
         return model
     finally:
         model.zero_grad()
+        model.patch_drop = share
     return lambda images: (compiled if images.shape == sample.shape else model)(images)

@@ -177,6 +177,11 @@ def test_captions_of_long_names_are_apart():
     assert "f: 100.0 % (true: 0)" in [axes.get_title() for axes in short.axes]
 
 
+def test_names_that_are_cut_to_the_same_are_numbered():
+    names = ["a long name of a class, the first", "b", "a long name of a class, the second"]
+    assert figures.labels(names) == ["a long name of a ... 0", "b", "a long name of a ... 2"]
+
+
 def draw_confusion(names: list[str]) -> Figure:
     K = len(names)
     generator = np.random.default_rng(0)

@@ -22,6 +22,30 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
                 write(path)
 
 
+@pytest.mark.parametrize("links", [pytest.param(True, marks=posix), False])
+def test_at_any_time_there_is_a_whole_file_and_the_one_before_is_kept(tmp_path, monkeypatch, links):
+    path, kept = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    found, replace = [], os.replace
+
+    def look(source: object, target: object) -> None:
+        found.append([p.read_text() if p.exists() else None for p in (path, kept)])
+        replace(source, target)
+
+    def no_links(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "replace", look)
+    if not links:  # as on FAT
+        monkeypatch.setattr(os, "link", no_links)
+    for text in "abc":
+        files.write_text(path, text, keep=kept)
+    assert (path.read_text(), kept.read_text()) == ("c", "b")
+    if links:
+        assert found == [[None, None], ["a", "a"], ["b", "b"]]
+    else:
+        assert found == [[None, None], ["a", None], [None, "a"], ["b", None], [None, "b"]]
+
+
 @posix
 def test_a_symbolic_link_stays_and_the_file_that_it_points_to_is_replaced(tmp_path):
     (tmp_path / "disk").mkdir()

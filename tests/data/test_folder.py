@@ -119,7 +119,7 @@ def test_a_run_of_one_epoch_goes_on_with_its_cache_and_its_split_is_known(comple
     assert result.status == 0 and "not measured" not in result.err, result.err
     (folder / "disc" / "0.png").unlink()
     result = run(inference.main, *infer)
-    assert "validation accuracy is not measured: the images in" in result.err
+    assert "nothing is measured on validation images: the images in" in result.err
 
 
 def test_the_model_of_a_run_with_other_images_or_flags_of_the_folder_is_kept(complete, shapes):

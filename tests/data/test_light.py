@@ -140,6 +140,11 @@ def test_a_random_convolution_is_stretched_and_mixed_in(images):
         np.testing.assert_allclose(result, exact, atol=1e-9)
 
 
+def test_noise_on_a_value_that_rounding_left_below_0_is_a_number():
+    image, ones = torch.full((1, 1, 2, 2), -1e-7), torch.ones(1)
+    assert add_noise(image, torch.ones_like(image), ones, ones / 2).isfinite().all()
+
+
 def test_noise_is_as_pixel_by_pixel(images):
     torch.manual_seed(0)
     noise, deviation = torch.randn(images.shape), torch.rand(10)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mutations import EDITS, bounded, edited, result_or_error
 from PIL import Image
 
+from data.pictures import FORMATS
 from deploy import digit_image
 
 
@@ -37,7 +38,7 @@ def pictures() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     made = {}
-    for kind in digit_image.FORMATS:
+    for kind in FORMATS:
         for mode, image in images.items():
             options = {"save_all": True, "append_images": [image] * 3} if mode == "P" else {}
             for extra in (options, {"exif": exif, **options}):

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import inference
 from data.digits import load_digits
-from deploy.digit_image import MAX_SIDE
+from data.pictures import MAX_SIDE
 from deploy.predict import BATCH_SIZE, predict
 from saving.checkpoint import UNCALIBRATED, load_checkpoint
 from vit_model import ViT
