@@ -12,6 +12,7 @@ import os
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from common.device import choose_device, choose_precision
 from common.errors import UserError
 from settings import Settings, add_flags
 from training.speed import keep_freed_memory
+from utils import Batch
 from vit_model import ViT
 
 SETTINGS = {
@@ -45,14 +47,9 @@ def steps(number: int) -> list[float]:
     optimizer = optim.build_optimizer("AdamW", model, lr=1e-3, weight_decay=1e-4)
     images = torch.randn(Settings().batch_size, 1, 28, 28)
     labels = torch.randint(10, (len(images),))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(images)
-        nn.functional.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-
+    batch = Batch(images, labels, labels, len(images))
+    parts = model, nn.CrossEntropyLoss(), optimizer, batch, Settings().grad_clip
+    step = partial(report.train_step, *parts, precision=precision)
     return [report.seconds(step, device) for _ in range(number + 3)][3:]
 
 

@@ -7,11 +7,14 @@ fp32 or under bf16 autocast, with the augmentation and the optimizer of the `art
 import report  # finds src
 
 import os
+import shutil
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
 import torch
@@ -57,8 +60,11 @@ def plain_loader(data_dir: str, batch_size: int, num_workers: int) -> DataLoader
             transforms.Normalize((0.1307,), (0.3081,)),
         ]
     )
-    # download=True unpacks files that are there, and fetches nothing then.
-    dataset = datasets.MNIST(data_dir, train=True, transform=transform, download=True)
+    # It unpacks the files, and holds the images in memory then: in a folder of its own, for others
+    # who read the same files at that moment would find them half unpacked.
+    with TemporaryDirectory() as folder:
+        shutil.copytree(Path(data_dir, "MNIST"), Path(folder, "MNIST"))
+        dataset = datasets.MNIST(folder, train=True, transform=transform, download=True)
     return DataLoader(dataset, batch_size, shuffle=True, num_workers=num_workers)
 
 

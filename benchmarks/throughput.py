@@ -60,8 +60,7 @@ def main() -> None:
     parser.add_argument(
         "--num_workers", default=0, type=cli.integer(0), help="of the plain way's DataLoader"
     )
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="as train")
-    add_flags(parser, ("data_dir", "device"))
+    add_flags(parser, ("data_dir", "device", "compile"))
     parser.set_defaults(data_dir=NAMED_SETS["mnist"].data_dir)
     report.add_record(parser)
     args = parser.parse_args()

@@ -16,8 +16,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -36,7 +35,7 @@ from analysis.report import reliability_text, write_report
 from analysis.words import PICTURE, words_for
 from common.device import choose_device
 from common.errors import UserError
-from common.files import atomic_write, check_writable, write_json
+from common.files import atomic_write, check_writable, write_json, write_text
 from data.dataset import Dataset, Split, as_pictures
 from deploy import webpage
 from deploy.answers import show
@@ -298,7 +297,8 @@ def export_file(task: Task) -> None:
         int8_images=dataset and dataset.train.images[: export.INT8_IMAGES],
     )
     print(export.compare(exported, precision, args.output.name, dataset and dataset.val))
-    write_export(args.output, exported.content)
+    with atomic_write(args.output) as temporary:
+        temporary.write_bytes(exported.content)
 
 
 def write_page(task: Task) -> None:
@@ -307,9 +307,9 @@ def write_page(task: Task) -> None:
     webpage.check_digits(task.checkpoint, args.checkpoint)
     dataset = load_images(task)
     compared = webpage.compare(task.model, task.checkpoint, dataset and dataset.val)
-    page = webpage.build_page(task.model, task.checkpoint).encode()
-    print(f"{args.output.name}: {len(page) / 1e6:.2f} MB, {compared}")
-    write_export(args.output, page)
+    page = webpage.build_page(task.model, task.checkpoint)
+    print(f"{args.output.name}: {len(page.encode()) / 1e6:.2f} MB, {compared}")
+    write_text(args.output, page)
 
 
 def load_images(task: Task, needed_by: str | None = None) -> Dataset | None:
@@ -325,32 +325,16 @@ def load_images(task: Task, needed_by: str | None = None) -> Dataset | None:
         print(f"note: nothing is measured on validation images: {reason}", file=sys.stderr)
 
 
-def write_export(path: Path, content: bytes) -> None:
-    """Write a file under a name that several models share by default."""
-    with telling_replaced(path), atomic_write(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def telling_replaced(path: Path) -> Iterator[None]:
-    """Say after the block that a file was there before."""
-    was_there = path.exists()
-    yield
-    if was_there:
-        print(f"Replaced: {path}, which was there (--output names another file)")
-
-
 def write_weights(task: Task) -> None:
     """Write the weights for others: as a file of safetensors, or by timm's names."""
     path, model, checkpoint = task.args.output, task.model.cpu(), task.checkpoint
-    with telling_replaced(path):
-        if task.args.mode == "safetensors":
-            write_safetensors(path, model.state_dict(), checkpoint)
-            return
-        call = write_for_timm(path, model, checkpoint["model_config"])
-        print(f"load with: {call}")
-        mean, std = checkpoint["normalization"].values()
-        print(f"it takes:  (pixel / 255 - mean) / std, by channel: mean {mean}, std {std}")
+    if task.args.mode == "safetensors":
+        write_safetensors(path, model.state_dict(), checkpoint)
+        return
+    call = write_for_timm(path, model, checkpoint["model_config"])
+    print(f"load with: {call}")
+    mean, std = checkpoint["normalization"].values()
+    print(f"it takes:  (pixel / 255 - mean) / std, by channel: mean {mean}, std {std}")
 
 
 def read_pictures(task: Task) -> None:
@@ -397,7 +381,10 @@ def main() -> None:
     validation = f"validation {checkpoint['best_acc']:.2f} %"
     if args.format == "text":  # JSON and CSV stand on stdout alone
         print(f"checkpoint: {args.checkpoint} ({trained}, {validation})")
+    existed = args.output.exists()
     MODES[args.mode](Task(args, model.to(device), checkpoint, device))
+    if existed and args.mode in (*EXPORTS, *WEIGHTS, "webpage"):  # several models share the name
+        print(f"Replaced: {args.output}, which was there (--output names another file)")
     if args.format == "text":
         print(f"Written: {args.output}")
 

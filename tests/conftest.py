@@ -8,7 +8,7 @@ import common.startup  # noqa: F401 before PyTorch
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core; read while PyTorch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core; read while PyTorch is imported
 
 import json
 import multiprocessing.forkserver

@@ -11,7 +11,7 @@ from common.errors import UserError
 def choose_device(name: str) -> torch.device:
     """The device that `--device` names. Raises UserError if it is none or not here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d{0,3}))?", name):
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if name == "mps" and not torch.backends.mps.is_available():

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.distributed import World
 from common.errors import UserError
@@ -56,7 +56,7 @@ def prepare(
 
 
 def compile_network(
-    model: ViT, mode: str, sample: Tensor, precision: str
+    model: nn.Module, mode: str, sample: Tensor, precision: str
 ) -> Callable[[Tensor], Tensor]:
     """What to call in training: `model` itself, or it compiled by `torch.compile`.
 
@@ -76,10 +76,12 @@ def compile_network(
         return model
     # reduce-overhead: CUDA graphs, so that Python launches a step at once.
     compiled = torch.compile(model, mode="reduce-overhead" if cuda else None, dynamic=False)
-    share = model.patch_drop
+    share = model.patch_drop if isinstance(model, ViT) else 0.0  # benchmarks have other networks
     try:
         with torch.random.fork_rng([device] if cuda else []):
-            for model.patch_drop in (share, 0.0) * 3:  # CUDA graphs are recorded after a first pass
+            for number in range(6 if share else 3):  # CUDA graphs are recorded after a first pass
+                if share:
+                    model.patch_drop = share if number < 3 else 0.0
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                     logits = compiled(sample)
                 logits.float().sum().backward()
@@ -90,5 +92,6 @@ def compile_network(
         return model
     finally:
         model.zero_grad()
-        model.patch_drop = share
+        if share:
+            model.patch_drop = share
     return lambda images: (compiled if images.shape == sample.shape else model)(images)

@@ -60,7 +60,8 @@ def listening(pid: int) -> list[str]:
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
             files.add(os.readlink(link))
-    tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    tables = [Path(f"/proc/{pid}/net/{name}") for name in ("tcp", "tcp6")]
+    tables = [table.read_text() for table in tables if table.exists()]  # a kernel without IPv6
     rows = [row.split() for table in tables for row in table.splitlines()[1:]]
     return [
         address.partition(":")[0]
