@@ -33,31 +33,38 @@ DEFAULTS = Settings()
 def work(
     rank: int, size: int, device: torch.device, data_dir: str, steps: int, threads: int, result: str
 ) -> None:
-    """One process of `size`: an epoch, then one sum of gradients; the first writes the seconds."""
+    """One process of `size`; the first writes the seconds that `measure` gives."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     world = World(rank, size, rank)
     device = distributed.device_of(world, device)
-    precision = choose_precision("auto", device)
     with distributed.joined(world, device):
-        torch.manual_seed(0)
-        model = ViT().to(device).train()
-        samples = steps * DEFAULTS.batch_size
-        loader = make_loaders(
-            load_dataset("mnist", data_dir), device=device, train_samples=samples, world=world
-        )[0]
-        rates = {"lr": DEFAULTS.lr, "weight_decay": DEFAULTS.weight_decay}
-        optimizer = optim.build_optimizer("AdamW", model, **rates)
-        parts = world.wrap(model), loader, nn.CrossEntropyLoss(), optimizer, DEFAULTS.grad_clip
-        epoch = partial(report.train_epoch, *parts, precision=precision, world=world)
-        gradients = torch.zeros(count_parameters(model), device=device)
-        epoch()  # warm-up
-        world.sum(gradients)
-        step = report.seconds(epoch, device) / steps
-        exchange = report.seconds(lambda: world.sum(gradients), device)
-        if world.leads:
-            Path(result).write_text(f"{step} {exchange}")
+        step, exchange = measure(world, device, data_dir, steps)
+    if world.leads:
+        Path(result).write_text(f"{step} {exchange}")
+
+
+def measure(world: World, device: torch.device, data_dir: str, steps: int) -> tuple[float, float]:
+    """Seconds of a step, from an epoch of so many, and of one sum of gradients."""
+    precision = choose_precision("auto", device)
+    torch.manual_seed(0)
+    model = ViT().to(device).train()
+    samples = steps * DEFAULTS.batch_size
+    loader = make_loaders(
+        load_dataset("mnist", data_dir), device=device, train_samples=samples, world=world
+    )[0]
+    rates = {"lr": DEFAULTS.lr, "weight_decay": DEFAULTS.weight_decay}
+    optimizer = optim.build_optimizer("AdamW", model, **rates)
+    parts = world.wrap(model), loader, nn.CrossEntropyLoss(), optimizer, DEFAULTS.grad_clip
+    epoch = partial(report.train_epoch, *parts, precision=precision, world=world)
+    gradients = torch.zeros(count_parameters(model), device=device)
+    epoch()  # warm-up
+    world.sum(gradients)
+    return (
+        report.seconds(epoch, device) / steps,
+        report.seconds(lambda: world.sum(gradients), device),
+    )
 
 
 def turn(
