@@ -43,6 +43,8 @@ def work(
         step, exchange = measure(world, device, data_dir, steps)
     if world.leads:
         Path(result).write_text(f"{step} {exchange}")
+    if size > 1:
+        cli.end_at_once()
 
 
 def measure(world: World, device: torch.device, data_dir: str, steps: int) -> tuple[float, float]:

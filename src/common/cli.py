@@ -135,7 +135,24 @@ def run(main: Callable[[], None]) -> None:
     startup.imports_are_done()
     if hasattr(sys.stdout, "reconfigure"):  # a pipe's reader sees each line at once
         sys.stdout.reconfigure(line_buffering=True)
-    _run_to_exit(main)
+    together = os.environ.get("WORLD_SIZE", "1") != "1" and startup.runs_a_script()
+    try:
+        _run_to_exit(main)
+    except SystemExit as end:
+        if together and isinstance(end.code, int):
+            end_at_once(end.code)
+        raise
+    if together:
+        end_at_once()
+
+
+def end_at_once(status: int = 0) -> None:
+    """End a process that has computed with others, leaving out what Python does at its end: a
+    thread of gloo that then asks for Python's lock aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run_to_exit(main: Callable[[], object]) -> None:

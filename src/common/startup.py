@@ -94,7 +94,8 @@ def imports_are_done() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _runs_a_script() -> bool:
+def runs_a_script() -> bool:
+    """Whether this process was started as one of this project's scripts."""
     main = getattr(sys.modules["__main__"], "__file__", None)
     return main is not None and Path(main).resolve().parent in SCRIPTS
 
@@ -105,5 +106,5 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 if (processes := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() and int(processes) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(processes))))
 # Not where Ctrl-C is ignored, as in a shell's background jobs.
-if _runs_a_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if runs_a_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)
