@@ -35,7 +35,8 @@ def vit_mnist() -> torch.nn.Module:
 def _transforms(image, mean: list[float], std: list[float]) -> torch.Tensor:
     """float32 (B, 1, 28, 28), normalised. Raises ValueError for arrays of another kind."""
     if hasattr(image, "convert"):  # PIL's
-        if image.has_transparency_data:  # black ink on nothing is black ink on white paper
+        # Black ink on nothing is black ink on white paper.
+        if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             paper = image.copy()
             paper.paste((255, 255, 255, 255), (0, 0, *image.size))

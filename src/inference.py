@@ -35,7 +35,7 @@ from analysis.report import reliability_text, write_report
 from analysis.words import PICTURE, words_for
 from common.device import choose_device
 from common.errors import UserError
-from common.files import atomic_write, check_writable, write_json, write_text
+from common.files import check_writable, write_bytes, write_json
 from data.dataset import Dataset, Split, as_pictures
 from deploy import webpage
 from deploy.answers import show
@@ -297,8 +297,7 @@ def export_file(task: Task) -> None:
         int8_images=dataset and dataset.train.images[: export.INT8_IMAGES],
     )
     print(export.compare(exported, precision, args.output.name, dataset and dataset.val))
-    with atomic_write(args.output) as temporary:
-        temporary.write_bytes(exported.content)
+    write_bytes(args.output, exported.content)
 
 
 def write_page(task: Task) -> None:
@@ -307,9 +306,9 @@ def write_page(task: Task) -> None:
     webpage.check_digits(task.checkpoint, args.checkpoint)
     dataset = load_images(task)
     compared = webpage.compare(task.model, task.checkpoint, dataset and dataset.val)
-    page = webpage.build_page(task.model, task.checkpoint)
-    print(f"{args.output.name}: {len(page.encode()) / 1e6:.2f} MB, {compared}")
-    write_text(args.output, page)
+    page = webpage.build_page(task.model, task.checkpoint).encode()
+    print(f"{args.output.name}: {len(page) / 1e6:.2f} MB, {compared}")
+    write_bytes(args.output, page)
 
 
 def load_images(task: Task, needed_by: str | None = None) -> Dataset | None:

@@ -160,7 +160,7 @@ class Project:
 
     def run(self, *args, **options):
         process = self.popen(*args, **options)
-        process.out, process.err = process.communicate(timeout=300)
+        process.out, process.err = process.communicate(timeout=60)
         assert "Traceback" not in process.err
         return process
 
@@ -200,7 +200,7 @@ def python_that_ran(process):
 
 
 def wait_for(path):
-    for _ in range(2400):
+    for _ in range(400):
         if path.exists():
             return
         time.sleep(0.05)
@@ -232,7 +232,7 @@ def test_signals_reach_the_script(project, flags, number, status):
     process = project.popen("wait.py", *flags, by="good")
     assert process.stdout.readline() == "ready\n"
     os.kill(process.pid, number)  # the launcher alone, as `kill` does
-    process.communicate(timeout=120)
+    process.communicate(timeout=20)
     assert process.returncode == status
 
 
@@ -259,7 +259,7 @@ def test_processes_that_train_together_know_their_places_and_end_together(projec
     assert [process.stdout.readline()[:5] for _ in range(3)] == ["ready"] * 3
     process.send_signal(signal.SIGHUP)  # which stays ignored
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=20)
     assert process.returncode == 7 and "error" not in err
 
 
@@ -446,7 +446,7 @@ def test_install_that_was_interrupted_is_started_over(project, number):
     process = project.popen("show.py", UV_SLEEP=60)
     wait_for(project.bin / "calls")
     (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=20)
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert err.endswith("launch: interrupted\n") and "Traceback" not in err
@@ -467,7 +467,7 @@ def test_two_launchers_at_once_install_once(project, kill):
     if kill:
         first.kill()
     second = project.run("show.py")
-    first.communicate(timeout=120)
+    first.communicate(timeout=20)
     assert python_that_ran(second) == project.python
     assert "another launcher is making" in second.err
     assert kill or (first.returncode == 0 and len(project.uv_calls()) == 1)

@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from common.errors import UserError
 from common.files import atomic_write
+from common.text import printable
 
 # Okabe & Ito's palette, told apart with any colour vision: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
@@ -30,8 +31,9 @@ STYLES = ("-", "--", "-.", ":")  # tell the lines apart in print, too
 # may have them.
 EAST_ASIAN = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei")
 EAST_ASIAN += ("Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS")
-_installed = [name for name in EAST_ASIAN if name in font_manager.get_font_names()]
-matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_installed[:1]]
+_installed = set(font_manager.get_font_names())
+_east_asian = [name for name in EAST_ASIAN if name in _installed]
+matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_east_asian[:1]]
 
 
 def check_format(path: Path) -> None:
@@ -56,8 +58,7 @@ def png(figure: Figure) -> bytes:
 
 def one_line(text: str, limit: int) -> str:
     """A text from an untrusted file as one printable line of at most `limit` characters."""
-    text = " ".join(text[: 20 * limit].split())
-    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = printable(" ".join(text[: 20 * limit].split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -23,7 +23,7 @@ from analysis.explain import Outputs, accuracy_interval, reliability
 from analysis.figures import one_line, score_text
 from analysis.run_files import read_run_files
 from analysis.words import PICTURE, PREPARED, words_for
-from common.files import atomic_write, write_text
+from common.files import write_bytes, write_text
 from saving.checkpoint import versions
 from utils import accuracy
 from vit_model import ViT, count_parameters
@@ -144,8 +144,7 @@ def write_report(
     links, embedded = {}, {}
     for name, png in pictures.items():
         picture_path = path.with_name(f"{path.stem}_{name}.png")
-        with atomic_write(picture_path) as temporary:
-            temporary.write_bytes(png)
+        write_bytes(picture_path, png)
         links[name] = Markup(quote(picture_path.name))
         embedded[name] = f"data:image/png;base64,{b64encode(png).decode()}"
     write_text(path.with_suffix(".md"), MARKDOWN.render(content, images=links))

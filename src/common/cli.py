@@ -139,7 +139,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         _run_to_exit(main)
     except SystemExit as end:
-        if together and isinstance(end.code, int):
+        if together:
             end_at_once(end.code)
         raise
     if together:

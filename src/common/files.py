@@ -63,6 +63,14 @@ def write_text(path: str | Path, text: str, keep: str | Path | None = None) -> N
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
+def write_bytes(
+    path: str | Path, content: bytes | memoryview, keep: str | Path | None = None
+) -> None:
+    """Write `content` to `path`. `keep` and UserError: as in `atomic_write`."""
+    with atomic_write(path, keep) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: str | Path, data: Any, keep: str | Path | None = None) -> None:
     """Write `data` to `path` as indented JSON. `keep` and UserError: as in `atomic_write`."""
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n", keep)

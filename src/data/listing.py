@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
+from common.text import printable
 from data.pictures import has_image_name
 
 PARTS = ("train", "val", "test")
@@ -139,7 +140,7 @@ def refuse_unknown(listing: Listing, class_names: Sequence[str]) -> None:
 
 def some(names: Sequence[str], count: int, between: str = ", ") -> str:
     """The first names, and how many more there are, without codes that control a terminal."""
-    shown = ["".join(c if c.isprintable() else "?" for c in name) for name in names[:count]]
+    shown = [printable(name) for name in names[:count]]
     if len(names) > count:
         shown.append(f"and {len(names) - count} more")
     return between.join(shown)

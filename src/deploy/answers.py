@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from analysis.words import PICTURE, Words
+from common.text import printable
 
 SHOWN = 3  # classes that a picture's line names, the likeliest
 
@@ -34,9 +35,7 @@ def as_text(result: dict[str, Any], words: Words) -> str:
             likeliest = sorted(row["probabilities"].items(), key=lambda each: -each[1])[:SHOWN]
             shown = ", ".join(share(*each) for each in likeliest)
             shown += f": {words.strange}" if row[words.strange_key] else ""
-        # A file's name may have line breaks, or codes that control a terminal.
-        name = os.fsencode(row["image"]).decode(errors="replace")
-        name = "".join(c if c.isprintable() else "?" for c in name)
+        name = printable(os.fsencode(row["image"]).decode(errors="replace"))
         lines.append(f"{name}: {shown}\n")
     return "".join(lines)
 

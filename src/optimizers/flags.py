@@ -33,9 +33,9 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Any]]:
             f"--epochs {args.epochs} x --steps_per_epoch {args.steps_per_epoch} are too many to "
             f"draw: expected at most {MAX_PLOTTED:,} steps"
         )
+    if not args.plot and (without_effect := given.keys() - {"list"}):
+        raise UserError(f"--{min(without_effect)} has no effect without --plot")
     others = given.keys() - {"plot", "list", "output", "scheduler"}
-    if not args.plot and len(given) > 1:
-        raise UserError(f"--{min(given.keys() - {'list'})} has no effect without --plot")
     if args.plot and others and not args.scheduler:
         raise UserError(
             f"--{min(others)} is for one schedule: name it with --scheduler, or leave it out to "

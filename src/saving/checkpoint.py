@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, is_out_of_memory
-from common.files import atomic_write, read_bytes
+from common.files import read_bytes, write_bytes
 from common.version import VERSION
 from data.catalog import DIGITS, PREPARATIONS
 from saving.archive import RefusedError
@@ -95,8 +95,7 @@ def save_checkpoint(
     digest = hashlib.sha256(buffer.getbuffer()[: buffer.tell()]).hexdigest()
     comment = CHECKSUM + digest.encode()
     buffer.write(len(comment).to_bytes(2, "little") + comment)
-    with atomic_write(path, keep) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer(), keep)
 
 
 def load_checkpoint(path: str | Path) -> tuple[ViT, dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import write_bytes
 from saving.archive import read_archive
 
 SUFFIX, KEY = ".safetensors", "vit_mnist"
@@ -63,8 +63,7 @@ def write_safetensors(
         told |= {name: checkpoint[name].tolist() for name in KNOWN if name in checkpoint}
         metadata[KEY] = json.dumps(told, default=str, skipkeys=True)  # settings may be anything
     content = save({name: tensor.contiguous() for name, tensor in state.items()}, metadata)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(path, content)
 
 
 def _package(path: Path, done: str) -> ModuleType:

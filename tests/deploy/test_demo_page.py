@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -180,12 +181,12 @@ def test_the_answer_stands_there_150_ms_after_a_stroke(page):
         for _ in range(5):
             page.draw(ONE, BAR)
             page.clear()
-        return min(page.durations())
+        return median(page.durations())
 
-    shortest = [measure()]
-    while shortest[-1] >= 150 and len(shortest) < 3:  # the machine may be busy with something else
-        shortest.append(measure())
-    assert shortest[-1] < 150, shortest
+    medians = [measure()]
+    while medians[-1] >= 150 and len(medians) < 3:  # the machine may be busy with something else
+        medians.append(measure())
+    assert medians[-1] < 150, medians
 
 
 @one_file

@@ -160,10 +160,10 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_is_refused_at_once(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    start = time.process_time()
+    start = time.perf_counter()
     for build in (optimizer_of,) if text.startswith("SGD") else (optimizer_of, schedule_of):
         with pytest.raises(UserError) as error:
             build(text)
         assert len(str(error.value)) < 1000
-    assert time.process_time() - start < 3
+    assert time.perf_counter() - start < 3
     assert not list(tmp_path.iterdir())

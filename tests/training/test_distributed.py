@@ -60,8 +60,9 @@ def listening(pid: int) -> list[str]:
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
             files.add(os.readlink(link))
-    tables = [Path(f"/proc/{pid}/net/{name}") for name in ("tcp", "tcp6")]
-    tables = [table.read_text() for table in tables if table.exists()]  # a kernel without IPv6
+    tables = [Path(f"/proc/{pid}/net/tcp").read_text()]
+    if (ipv6 := Path(f"/proc/{pid}/net/tcp6")).exists():  # not in a kernel without it
+        tables.append(ipv6.read_text())
     rows = [row.split() for table in tables for row in table.splitlines()[1:]]
     return [
         address.partition(":")[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_DIGITS, assert_one_error_line, history, posix, read
+from conftest import ROOT, TINY_DIGITS, assert_one_error_line, history, posix, read
 
 import train
 from common.files import lock_folder
@@ -79,7 +79,9 @@ def test_a_run_that_is_stopped_thrice_goes_on_bit_for_bit(run, complete, folder,
         assert result.status == 128 + number and result.err.count("\n") == 1
         told = f"stopped by {number.name} after {epochs} of 4 epochs and {steps} steps"
         assert (
-            told in result.err and "/launch.py train.py --resume checkpoints/last.pt" in result.err
+            told in result.err
+            and f"to continue: python3 {ROOT}/launch.py train.py --resume checkpoints/last.pt"
+            in result.err
         )
         position = read(LAST)["position"]
         assert position["step"] == steps
@@ -102,7 +104,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_save_stays(run, complete, fo
     at_step(8, twice)
     result = run(train.main, *TINY)
     assert result.status == 130
-    assert "from the last save: python3 " in result.err
+    assert f"from the last save: python3 {ROOT}/launch.py train.py --resume" in result.err
     assert read(LAST)["position"] | {"totals": None} == {"epoch": 1, "step": 0, "totals": None}
     # A new run says that it replaces an unfinished one, and only that.
     result = complete(*TINY, "--epochs", 1)

@@ -1,0 +1,6 @@
+"""Text that others wrote, such as the names of files, made fit to be shown."""
+
+
+def printable(text: str) -> str:
+    """The text with "?" in place of line breaks, of codes that control a terminal, and the like."""
+    return "".join(c if c.isprintable() else "?" for c in text)
