@@ -17,7 +17,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import importlib
 import json
 import os
 import platform
@@ -125,7 +124,8 @@ def look_inside(requirements: list[str], thorough: bool) -> dict:
     report = {"python": python, "failure": "", "missing": missing, "versions": versions}
     if sys.version_info < MIN_PYTHON:
         return {**report, "failure": f"Python {python} is too old"}
-    metadata = importlib.import_module("importlib.metadata")
+    from importlib import metadata
+
     for requirement in requirements:  # "name" or "name >= version"; the rest is for the installer
         name, minimum = re.match(r"([\w.-]+)[^>;]*(?:>=\s*([\d.]+))?", requirement).groups("")
         try:
@@ -143,7 +143,7 @@ def look_inside(requirements: list[str], thorough: bool) -> dict:
     if missing and not thorough:
         return report
     try:
-        torch = importlib.import_module("torch")
+        import torch
     except Exception as error:  # a library that does not fit raises anything: OSError, RuntimeError
         reason = " ".join(str(error).split())[:200]
         return {**report, "failure": f"torch {versions['torch']} cannot be imported ({reason})"}

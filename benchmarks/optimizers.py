@@ -39,15 +39,15 @@ OPTIMIZERS: list[tuple[str, list[str]]] = [
 COMMON = ["--depth", "4", "--scheduler", "CosineAnnealingLR", "--scheduler_interval", "step"]
 
 
-def train(call: str, flags: list[str], args: argparse.Namespace) -> tuple[float, float, str]:
-    """Validation accuracy after the run (%), milliseconds per step, data set of one run."""
+def train(call: str, flags: list[str], args: argparse.Namespace) -> tuple[float, float]:
+    """Validation accuracy after the run (%), milliseconds per step."""
     history = report.train(
         *("--optimizer", call, *COMMON, "--epochs", args.epochs, "--batch_size", args.batch_size),
         *("--train_samples", args.train_samples, "--data_dir", args.data_dir),
         *("--device", args.device, *flags),
     )
     last = history["epochs"][-1]
-    return last["val_acc"], 1000 * args.batch_size / last["images_per_second"], history["dataset"]
+    return last["val_acc"], 1000 * args.batch_size / last["images_per_second"]
 
 
 def main() -> None:
@@ -66,12 +66,12 @@ def main() -> None:
         raise UserError(f"--only {args.only}: no call begins with it; leave it out for all")
     rows = []
     for call, flags in tqdm(chosen, unit="run", leave=False, disable=None):
-        accuracy, milliseconds, data = train(call, flags, args)
+        accuracy, milliseconds = train(call, flags, args)
         more = f"`{' '.join(flags)}`" if flags else ""
-        rows.append([f"`{call}`", more, f"{accuracy:.2f} %", f"{milliseconds:.0f}", data])
+        rows.append([f"`{call}`", more, f"{accuracy:.2f} %", f"{milliseconds:.0f}"])
     report.publish(
         f"Optimizers, each run with `{' '.join(COMMON)}`",
-        ["optimizer", "more flags", "validation accuracy", "ms per step", "data"],
+        ["optimizer", "more flags", "validation accuracy", "ms per step"],
         rows,
         device=device,
         record=args.record,

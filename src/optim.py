@@ -197,6 +197,8 @@ def _layer(name: str, top: int) -> int:
 
 def _set_clipping(groups: list[dict[str, Any]], call: Call) -> None:
     """Give the groups the call's `clip_grad_max_norm`; a list has a value for each of them."""
+    if "clip_grad_norm_type" in call.arguments and call.arguments.get("clip_grad_max_norm") is None:
+        raise UserError(f"{call}: clip_grad_norm_type has no effect without clip_grad_max_norm")
     max_norms = call.arguments.get("clip_grad_max_norm")
     norm_type = call.arguments.get("clip_grad_norm_type")
     max_norms = max_norms if isinstance(max_norms, list) else [max_norms] * len(groups)
@@ -332,7 +334,7 @@ def _list() -> None:
     print("<run>: taken from the run where it is left out\n\nOptimizers")
     for cls in itertools.chain.from_iterable(OPTIMIZERS.values()):
         print("  " + describe_signature(cls, ("lr", "weight_decay")))
-    print("  each also with clip_grad_max_norm and clip_grad_norm_type\n\nSchedules")
+    print("  each but LBFGS also with clip_grad_max_norm and clip_grad_norm_type\n\nSchedules")
     for cls in itertools.chain.from_iterable(SCHEDULERS.values()):
         print("  " + describe_signature(cls, FROM_RUN.get(cls, ())))
 

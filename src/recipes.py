@@ -52,7 +52,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Small colour photos, such as CIFAR-10's.
     "cifar": {
         "epochs": 28,
-        "batch_size": 128,
         "optimizer": "Muon(lr=0.02, weight_decay=0.1)",
         "lr": 2e-3,
         "scheduler": "OneCycleLR(pct_start=0.1, anneal_strategy='linear', cycle_momentum=False)",
@@ -60,7 +59,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patch_size": 4,
         "embed_dim": 128,
         "depth": 6,
-        "num_heads": 4,
         "dropout": 0.0,
         "pool": "mean",
         "pos_embed": "sincos2d",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.cli import integer, number, printable
+from common.cli import integer, number, path_text
 from common.errors import UserError
 from data.catalog import NAMED_SETS, PREPARATIONS
 from recipes import DATASET_SETTINGS, RECIPES
@@ -26,7 +26,7 @@ SECTIONS = {  # of --help, in its order
     "recipe": "recipe (the defaults of all flags below are the article's)",
     "optimization": "optimization (names: python3 launch.py optim.py --list)",
     "model": "model",
-    "augmentation": "augmentation (strengths; 0: off)",
+    "augmentation": "augmentation (strengths, and shares below 1; 0: off)",
     "mixing": "mixing of images (0: off)",
     "fine-tuning": "fine-tuning",
     "machine": "machine",
@@ -52,9 +52,9 @@ def flag(section: str, default: Any, help: str, type: Callable = str, **about: A
 data_flag, recipe_flag = partial(flag, "data"), partial(flag, "recipe")
 folder_flag, model_flag = partial(flag, "folder"), partial(flag, "model")
 optimization_flag = partial(flag, "optimization")
-augmentation_flag = partial(flag, "augmentation", off=0.0)
+augmentation_flag = partial(flag, "augmentation")
 share_flag = partial(augmentation_flag, 0.0, type=number(0, 1))
-mixing_flag = partial(flag, "mixing", off=0.0)
+mixing_flag = partial(flag, "mixing")
 finetuning_flag = partial(flag, "fine-tuning")
 machine_flag = partial(flag, "machine", changes=True)
 resuming_flag = partial(flag, "resuming", changes=True)
@@ -107,7 +107,8 @@ class Settings:
 
     patch_size: int = model_flag(
         7,
-        "side of a patch in pixels; where 7 doesn't divide the image's side, one that does",
+        "side of a patch in pixels; unless given, another where this doesn't divide the image's "
+        "side or makes more than 16 patches of it",
         integer(1),
     )
     embed_dim: int = model_flag(96, "width of a token", integer(1, 10**5))
@@ -125,8 +126,12 @@ class Settings:
         number(0, 1),
     )
 
-    rotate: float = augmentation_flag(7.0, "degrees, at most, to either side", number(0, 181))
-    translate: float = augmentation_flag(0.1, "shift, at most, in image sides", number(0, 1))
+    rotate: float = augmentation_flag(
+        7.0, "degrees, at most, to either side", number(0, 181), off=0.0
+    )
+    translate: float = augmentation_flag(
+        0.1, "shift, at most, in image sides", number(0, 1), off=0.0
+    )
     scale: float = augmentation_flag(
         0.0, "the size varies by this share, up and down", number(0, 1)
     )
@@ -144,15 +149,14 @@ class Settings:
     )
     random_crop: int = augmentation_flag(
         0,
-        "widen images by so many reflected pixels, then cut their size out anywhere",
+        "widen images by this many reflected pixels, then cut their size out anywhere",
         integer(0, 64),
-        off=0,
     )
     color_jitter: float = augmentation_flag(
         0.0, "brightness, contrast and saturation vary by this share", number(0, 1)
     )
     rand_augment: int = augmentation_flag(
-        0, "so many changes to each image, drawn from fourteen (RandAugment)", integer(0, 14), off=0
+        0, "this many changes to each image, drawn from fourteen (RandAugment)", integer(0, 14)
     )
     stroke: float = share_flag("share of images with thicker or thinner strokes, or outlines")
     marks: float = share_flag("share of images under foreign strokes or a rectangle of any shade")
@@ -176,7 +180,7 @@ class Settings:
         None,
         "a trained ViT to start from, of this project, timm or torchvision (.pt, .pth or "
         ".safetensors); the network's sizes come with it",
-        printable,
+        path_text,
         metavar="FILE",
     )
     freeze: str = finetuning_flag(
@@ -217,7 +221,7 @@ class Options:
         integer(4, 1024),
     )
     in_chans: int | None = folder_flag(
-        None, "1: grey, 3: colour; None: 3 if any image has colour", int, choices=(1, 3)
+        None, "1: grey, 3: colour; None: 3 if any image has colour", integer(1, 3), choices=(1, 3)
     )
     resize: str = folder_flag(
         "crop",
@@ -267,7 +271,7 @@ class Options:
         changes=False,
     )
     grad_accum_steps: int = machine_flag(
-        1, "process each batch in so many parts: the same step in less memory", integer(1, 10**6)
+        1, "process each batch in this many parts: the same step in less memory", integer(1, 10**6)
     )
     compile: str = machine_flag(
         "auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"), stored=False
@@ -325,7 +329,7 @@ def read_config(path: Path) -> dict[str, Any]:
     started again. Raises UserError if the file can't be read, or names a flag or a value that there
     isn't.
     """
-    from common.files import read_bytes  # needs a package, and --version none
+    from common.files import read_bytes  # imports filelock, which --help works without
 
     try:
         content, is_toml = read_bytes(path), path.suffix == ".toml"

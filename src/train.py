@@ -101,7 +101,8 @@ def train(
     loaders = make_loaders(dataset, *sizes, device=device, **drawn, world=world)
     train_loader, val_loader, test_loader = loaders
 
-    # The same in all processes, so that they draw the same weights; `run.start` seeds them anew.
+    # The same in all processes, so that they draw the same weights; `run.start` then seeds all but
+    # the first anew.
     torch.manual_seed(options.seed)
     model_config = describe_model(settings, dataset)
     model = ViT(**model_config).to(device)

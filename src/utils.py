@@ -55,8 +55,8 @@ class BatchLoader:
     seed: int = 42
     num_workers: int = 0  # threads that prepare batches ahead
     world: World = SINGLE_PROCESS
-    epoch: int = 0  # passes begun, and batches that the next one leaves out: set both to continue
-    skip: int = 0  # where another loader was
+    epoch: int = 0  # passes begun; set this and `skip` to continue where another loader was
+    skip: int = 0  # batches that the next pass leaves out
 
     def __post_init__(self) -> None:
         device = self.split.images.device

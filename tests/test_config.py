@@ -134,6 +134,7 @@ def run_with(**changes: object) -> str:
         ("x.toml", "epochs 3", "--config x.toml: Expected '=' after a key"),
         ("x.toml", "#" * (MAX_TOML + 1), f"expected at most {MAX_TOML:,}"),
         ("x.toml", "swa_anneal_epochs = 3", "--swa_anneal_epochs 3 has no effect"),
+        ("x.toml", "in_chans = 'grey'", "its in_chans: 'grey' given, expected a whole number"),
         ("x.toml", "hflip = 0.5", "--hflip: a mirrored image of digits"),
         ("x.json", "{}", "x.json is neither a TOML file, whose name ends in .toml, nor the"),
         ("x.json", "[" * 10**5, "x.json is neither"),

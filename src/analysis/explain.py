@@ -1,4 +1,4 @@
-"""What a trained model looks at and where it is wrong, as numbers; model_figures.py draws them.
+"""What a trained model looks at and where it is wrong, as numbers; the two *_figures.py draw them.
 
 In the comments on shapes, beside the letters of vit_model.py,
 
@@ -57,7 +57,6 @@ def rollout(attention: Tensor) -> Tensor:
     """
     mean = attention.mean(dim=2)  # (B, L, T, T)
     flow = 0.5 * mean + 0.5 * torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-    flow = flow / flow.sum(dim=-1, keepdim=True)
     total = flow[:, 0]
     for layer in flow.unbind(dim=1)[1:]:
         total = layer @ total
@@ -117,8 +116,8 @@ class Outputs:
     @property
     def cross_entropy(self) -> float:
         """The mean negative log-likelihood of the labels, in nats."""
-        own = np.take_along_axis(self.probabilities, self.labels[:, None], axis=1)
-        return -float(np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
+        logits = torch.from_numpy(self.logits).double() / self.temperature
+        return F.cross_entropy(logits, torch.from_numpy(self.labels)).item()
 
     @property
     def predicted(self) -> np.ndarray:

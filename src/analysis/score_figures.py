@@ -102,7 +102,6 @@ def _confusion_matrix(figure: SubFigure, axes: Axes, counts: np.ndarray) -> None
     ticks = [*(n for n in 10 ** np.arange(7) if n < 0.6 * norm.vmax), norm.vmax]
     bar.set_ticks(ticks, labels=[f"{tick:,.0f}" for tick in ticks])
     bar.minorticks_off()
-    axes.grid(False)
 
 
 def _class_scores(axes: Axes, scores: np.ndarray, fontsize: float) -> None:
@@ -157,9 +156,8 @@ def reliability(bins: Reliability, title: str) -> Figure:
     for axes in (upper, lower):
         tidy(axes)
         # Every third of the 15 bins ends at a whole number of percent, as the others' marks don't.
-        axes.xaxis.set_major_locator(FixedLocator(edges[::3] if len(edges) == 16 else edges))
+        axes.xaxis.set_major_locator(FixedLocator(edges[::3]))
         axes.xaxis.set_minor_locator(FixedLocator(edges))
-        axes.xaxis.set_minor_formatter(NullFormatter())
     if (counts < FEW_IMAGES).any():
         upper.bar(0, 0, color=(BLUE, 0.12), label=f"pale: fewer than {FEW_IMAGES} images")
     if counts.max() < 50:  # less than two powers of ten

@@ -7,8 +7,8 @@ from data.catalog import DIGITS
 
 
 class Words(NamedTuple):
-    """`one` and `many` of them; `strange`: said of an image that is unlike every class; `strange`
-    is `strange_key` in JSON and CSV."""
+    """What one and many of them are called; `strange`, what is said of an image unlike every
+    class; `strange_key`, its name in JSON and CSV."""
 
     one: str
     many: str

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
             if re.fullmatch(r"--\w+=--", arg):  # which argparse takes for no value at all
                 raise UserError(f"{arg[:-3]} needs a value, -- given: see --help")
         defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
-        absent: list = []  # argparse gives no default to what is there, and extends lists
+        absent: list = []  # stands for what is not given: argparse sets no default where a value is
         namespace = argparse.Namespace(**dict.fromkeys(defaults, absent))
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -91,7 +91,7 @@ def number(
     return parse
 
 
-def printable(text: str) -> str:
+def path_text(text: str) -> str:
     """An argparse type: a path that may be printed, also one that a file from a stranger names."""
     if not 0 < len(text) <= 1000 or not text.isprintable():
         raise argparse.ArgumentTypeError(

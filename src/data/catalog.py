@@ -92,8 +92,8 @@ def idx_files(
     )
 
 
-def one_file(name: str, md5: str, host: str, folder: str = "") -> DataFile:
-    return DataFile(folder + name, md5, (host + name,))
+def one_file(name: str, md5: str, host: str) -> DataFile:
+    return DataFile(name, md5, (host + name,))
 
 
 MNIST_FILES = idx_files(
@@ -131,14 +131,8 @@ QMNIST_FILES = idx_files(
         "qmnist-test-labels-idx2-int",
     ),
 )
-EMNIST_FILES = (
-    one_file(
-        "gzip.zip",
-        "58c8d27c78d21e728a6bc7b3cc06412e",
-        "https://biometrics.nist.gov/cs_links/EMNIST/",
-        folder="EMNIST/raw/",
-    ),
-)
+EMNIST_URL = "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"
+EMNIST_FILES = (DataFile("EMNIST/raw/gzip.zip", "58c8d27c78d21e728a6bc7b3cc06412e", (EMNIST_URL,)),)
 USPS_HOST = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/multiclass/"
 USPS_FILES = (
     one_file("usps.bz2", "ec16c51db3855ca6c91edd34d0e9b197", USPS_HOST),

@@ -20,7 +20,6 @@ def load_digits() -> Dataset:
     pixels = nn.functional.interpolate(pixels, size=20, mode="bicubic", align_corners=False)
     pixels = nn.functional.pad(pixels, (4, 4, 4, 4)).round().clamp(0, 255).byte()
     whole = Split(pixels, torch.from_numpy(labels).long())
-    train, val, test = divide(whole, 1437, 180, 180)
+    parts = divide(whole, 1437, 180, 180)
     row = NAMED_SETS["digits"]
-    parts = train, val, test
     return Dataset("digits", row.class_names, *row.statistics, *parts, "digits", row.preparation)

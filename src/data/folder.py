@@ -313,8 +313,11 @@ def _read_all(
         if place is None:
             return cache.Cached(answers, np.ascontiguousarray(images[order]))
         cache.save(place, answers, images, order, how["img_size"], how["in_chans"])
-    images = np.lib.format.open_memmap(place.array, mode="c")
-    if images.shape != (len(order), in_chans, side, side):
+    try:
+        images = np.lib.format.open_memmap(place.array, mode="c")
+    except FileNotFoundError:
+        images = None
+    if images is None or images.shape != (len(order), in_chans, side, side):
         raise UserError(f"{place.array} was replaced by another run: give each its --cache_dir")
     return cache.Cached(answers, images)
 

@@ -24,7 +24,9 @@ MAX_PIXELS = 50_000_000  # to decode; more would take gigabytes
 REDUCING_GAP = 3
 
 
-def open_picture(source: str | Path | BinaryIO, what: str, side: int | None = None) -> Image.Image:
+def read_picture(
+    source: str | Path | BinaryIO, what: str, side: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
     """A picture, decoded, upright, and of few modes: grey L, RGB, RGBA if it may be transparent, F
     with the brightness in [0, 1] if it has 16 or 32 bits a pixel. Raises UserError if there is no
     such file, Pillow can't read it, or it is too large.
@@ -33,14 +35,10 @@ def open_picture(source: str | Path | BinaryIO, what: str, side: int | None = No
         source: a path, or a file open in binary mode.
         what: what messages call the picture.
         side: a JPEG may be decoded smaller, as long as both its sides have so many pixels.
+
+    Returns:
+        The picture, and the width and height that it has in full, upright.
     """
-    return read_picture(source, what, side)[0]
-
-
-def read_picture(
-    source: str | Path | BinaryIO, what: str, side: int | None = None
-) -> tuple[Image.Image, tuple[int, int]]:
-    """`open_picture`, and the full size of the upright picture, width and height."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a large size, which is checked below
@@ -124,7 +122,7 @@ def prepare(image: Image.Image, img_size: int, in_chans: int, resize: str) -> np
     Lanczos almost without bright seams along edges.
 
     Args:
-        image: as `open_picture` gives it. What is transparent in it becomes white.
+        image: as `read_picture` gives it. What is transparent in it becomes white.
         in_chans: 1: grey, 3: colour.
         resize: "crop": the middle square of it. "pad": all of it, in the middle of a square of the
             mean colour of its border, since against black its edge would be the strongest in the

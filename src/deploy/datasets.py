@@ -38,7 +38,6 @@ def load_test_images(
     """
     class_names = checkpoint["class_names"]
     of_folder = checkpoint["source"] == "folder"
-    check_image_shape(checkpoint, path)
     if data_dir is None or not (of_folder or is_labelled(data_dir, class_names)):
         dataset = load_own_set(checkpoint, path, data_dir)
         return dataset.name, dataset.test
@@ -80,11 +79,11 @@ def load_own_set(
             f"and {NAMED_SETS[source].title} need no files: leave it out, or name one that has"
         )
     dataset = load_dataset(source, data_dir, folder)
-    found = len(dataset.class_names), list(dataset.class_names)
-    if found[0] != len(class_names) or (source == "folder" and found[1] != class_names):
+    found = list(dataset.class_names)
+    if len(found) != len(class_names) or (source == "folder" and found != class_names):
         raise UserError(
             f"{path} tells {some(class_names, 10)} apart, but {data_dir or dataset.name} has "
-            f"{some(found[1], 10)}"
+            f"{some(found, 10)}"
         )
     known = checkpoint.get("trained_on")
     if source == "folder" and known is not None and not torch.equal(known, dataset.trained_on):

@@ -79,12 +79,13 @@ def parse_args() -> argparse.Namespace:
     files = ", ".join(f"{name}: {mode.output}" for name, mode in MODES.items())
     files = f"file that is written (default: {files}; SET: the name of the data set)"
     add("--output", default=argparse.SUPPRESS, help=files)
-    add("--seed", type=cli.integer(0), help="for pictures: draws the same images again")
-    index = "for attention and report: these test images, counted from 0, not random ones"
+    add("--seed", type=cli.integer(0), help="for random test images and t-SNE: the same again")
+    index = "for attention and report: up to 12 test images, counted from 0, not random ones"
     add("--index", nargs="+", type=cli.integer(0), metavar="N", help=index)
     data_dir = (
-        "a folder with a folder of pictures for each class, right in it or in its folder test, to "
-        "score the model on; or where its own data set is; None: where train.py puts that"
+        "a folder with a folder of pictures for each class, in its folder test, else train, else "
+        "right in it, to score the model on; or where its own data set is; None: where train.py "
+        "puts that"
     )
     add("--data_dir", help=data_dir)
     add_flags(parser, ("device",))

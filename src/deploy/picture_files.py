@@ -10,10 +10,11 @@ from typing import BinaryIO, TypeVar
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.text import printable
+from data.decode import MAX_BYTES
 from data.pictures import has_image_name
 
 STDIN = "-"
-MAX_STDIN = 2**28  # bytes; no picture that is small enough to be read takes more
 Read = TypeVar("Read")
 
 
@@ -62,14 +63,14 @@ def read_each(
     """
     for name in tqdm(names, desc="reading", unit="image", leave=False, disable=None):
         try:
-            source, what = (_read_stdin(), "on stdin") if name == STDIN else (name, name)
+            source, what = (_read_stdin(), "on stdin") if name == STDIN else (name, printable(name))
             yield read(source, f"image {what}")
         except UserError as error:
             yield error
 
 
 def _read_stdin() -> io.BytesIO:
-    content = sys.stdin.buffer.read(MAX_STDIN + 1)
-    if len(content) > MAX_STDIN:
-        raise UserError(f"image on stdin is larger than {MAX_STDIN // 2**20} MB: scale it down")
+    content = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UserError(f"image on stdin is larger than {MAX_BYTES // 2**20} MB: scale it down")
     return io.BytesIO(content)

@@ -15,7 +15,7 @@ from common.errors import UserError
 from data.catalog import NAMED_SETS
 from data.dataset import per_channel
 from data.decode import DRAFT
-from data.pictures import open_picture, prepare
+from data.pictures import prepare, read_picture
 from deploy.digit_image import Reading, read_digits
 from deploy.picture_files import read_each
 from saving.checkpoint import image_shape
@@ -39,7 +39,7 @@ def predict(model: ViT, images: np.ndarray, checkpoint: dict[str, Any]) -> Predi
 
     Args:
         model: in evaluation mode; the images go to the device where it is.
-        images: uint8 (n, C, S, S), digits light on black; n may be 0.
+        images: uint8 (n, C, S, S), prepared as the data set's are; n may be 0.
         checkpoint: what `load_checkpoint` gave with the model: its normalization and calibration.
     """
     device, calibration = next(model.parameters()).device, checkpoint["calibration"]
@@ -85,7 +85,7 @@ def prepare_picture(
     can't be read.
     """
     in_chans, img_size, _ = image_shape(checkpoint)
-    picture = open_picture(source, what, DRAFT * img_size)
+    picture, _ = read_picture(source, what, DRAFT * img_size)
     return np.array(prepare(picture, img_size, in_chans, checkpoint["preparation"]))
 
 
@@ -177,4 +177,4 @@ def answer_pictures(
 
 
 def _error(name: str, error: UserError) -> dict[str, Any]:
-    return {"image": name, "error": " ".join(str(error).split())}
+    return {"image": name, "error": str(error)}

@@ -133,5 +133,4 @@ def _as_javascript(value: Any) -> str:
 
 
 def _base64(tensor: Tensor, dtype: str) -> str:
-    numbers = tensor.detach().cpu().numpy()
-    return base64.b64encode(np.ascontiguousarray(numbers).astype(dtype).tobytes()).decode()
+    return base64.b64encode(tensor.detach().cpu().numpy().astype(dtype).tobytes()).decode()

@@ -55,7 +55,7 @@ CALIBRATED_BLOCKS = 3  # at most so many blocks are looked at (confidence.py)
 
 OWN_CHECKPOINT = Path("checkpoints/best_model.pt")  # where train.py, started here, puts its model
 PRETRAINED = Path(__file__).resolve().parents[2] / "checkpoints" / "pretrained" / "best_model.pt"
-ADVICE = "name one that src/train.py wrote"
+WHAT, ADVICE = "a checkpoint of this ViT", "name one that src/train.py wrote"
 
 
 def versions() -> dict[str, str]:
@@ -142,13 +142,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint as it is: of its values only `format` is checked. Raises UserError if there
     is no such file, it is damaged, no checkpoint, or of a later format.
     """
-    content, read = _read_whole(path), reader_of(path)
-    try:
-        checkpoint = read(content)
-    except RefusedError as error:
-        raise refusal(path, error, f"it is refused, since {error}") from None
-    except Exception as error:  # zipfile and PyTorch raise many kinds
-        raise refusal(path, error, "it is damaged, cut off, or in another format") from None
+    checkpoint = decoded(path, _read_whole(path))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         raise refusal(path, KeyError("model_state_dict"))
     written_as = checkpoint.get("format", 1)
@@ -177,11 +171,23 @@ def _read_whole(path: Path) -> bytes:
     return content
 
 
+def decoded(path: Path, content: bytes, what: str = WHAT, advice: str = ADVICE) -> Any:
+    """What a model's file holds, unchecked. Raises UserError if it can't be read."""
+    read = reader_of(path)
+    try:
+        return read(content)
+    except Exception as error:  # zipfile, PyTorch and safetensors raise many kinds
+        reason = "it is damaged, cut off, or in another format"
+        if isinstance(error, RefusedError):
+            reason = f"it is refused, since {error}"
+        raise refusal(path, error, reason, what, advice) from None
+
+
 def refusal(
     path: Path,
     error: Exception,
     reason: str = "",
-    what: str = "a checkpoint of this ViT",
+    what: str = WHAT,
     advice: str = ADVICE,
 ) -> UserError:
     """One line that says why a file is not used: the `reason`, else what the `error` says."""

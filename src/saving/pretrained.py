@@ -17,18 +17,17 @@ from torch import Tensor
 from common.distributed import World
 from common.errors import UserError
 from common.files import read_bytes
-from saving.archive import RefusedError
 from saving.checkpoint import (
     PUBLISHED_NUM_HEADS,
     check_tensors,
     check_weights,
+    decoded,
     known_images,
     load_checkpoint,
     refusal,
     validated_config,
 )
 from saving.parameter_names import HEAD, OURS, check_complete, translate
-from saving.weights_file import reader_of
 from vit_model import ViT
 
 HEAD_DIM = 64  # of all published ViTs, from tiny to large
@@ -247,14 +246,7 @@ def _read_content(path: Path) -> tuple[Any, int]:
         content = read_bytes(path)
     except UserError as error:
         raise UserError(f"--init_from: {error}; name the file of a trained model") from None
-    read = reader_of(path)
-    try:
-        return read(content), len(content)
-    except RefusedError as error:
-        raise refusal(path, error, f"it is refused, since {error}", WHAT, ADVICE) from None
-    except Exception as error:  # zipfile, PyTorch and safetensors raise many kinds
-        reason = "it is damaged, cut off, or in another format"
-        raise refusal(path, error, reason, WHAT, ADVICE) from None
+    return decoded(path, content, WHAT, ADVICE), len(content)
 
 
 def _state_dict(content: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The state of a run, read from its `last.pt` and checked: the file may be a stranger's.
 
-It is a checkpoint with more in it: `run` (its flags), `position`, `best`, `history`, `random` and
-`average_state_dict`. The flags are checked by settings.py, the model's tensors by checkpoint.py,
-the optimizer's state here, once there is an optimizer to compare it with.
+It is a checkpoint with more in it: `run` (its flags), `position`, `best`, `history`, `random`,
+`average_state_dict` and `raw_model_state_dict`. The flags are checked by settings.py, the model's
+tensors by checkpoint.py, the optimizer's state here, once there is an optimizer to compare with.
 """
 
 import copy
@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
+from recipes import DATASET_SETTINGS
 from saving.checkpoint import load_checkpoint, refusal
 from saving.stored_settings import fingerprint, from_stored
 
@@ -58,6 +59,8 @@ def read_run_state(path: Path) -> dict[str, Any]:
             raise ValueError(f"best accuracy {best['acc']}")
         run, config = state["run"], state["model_config"]
         _, settings = from_stored(run)
+        if run["dataset"] not in DATASET_SETTINGS:  # "auto" is a flag, not a data set
+            raise ValueError(f"its data set is {run['dataset']!r}")
         for name in config.keys() & settings.keys():
             if config[name] != settings[name]:
                 raise ValueError(f"{name} is {settings[name]!r} in its settings, but not its model")

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import atomic_write
-from saving.checkpoint import read_checkpoint, save_checkpoint
+from saving.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from saving.run_state import STATE_KEYS
 
 BEST, RAW_BEST = "best_model.pt", "best_model.raw.pt"
@@ -35,7 +35,7 @@ def set_aside(folder: Path, new: dict[str, Any]) -> None:
         if all(old[name] == new[name] for name in ("dataset", "settings", "fingerprint")):
             return
         what = f"the best model of another run ({old['best_acc']:.2f} % of its validation images)"
-    except (UserError, LookupError, TypeError, ValueError, RuntimeError):  # or not comparable
+    except Exception:  # a value of a wrong kind can raise anything
         what = "a best model of unknown settings"
     when = datetime.fromtimestamp(best_path.stat().st_mtime)
     aside = folder / when.strftime("%Y-%m-%d_%H-%M-%S")
@@ -60,8 +60,8 @@ def keep_raw_best(best_path: Path, swa_start: int) -> None:
     From then on only averages compete, and the first one takes its place.
     """
     try:
-        is_raw = read_checkpoint(best_path)["epoch"] < swa_start
-    except (UserError, LookupError, TypeError):
+        is_raw = load_checkpoint(best_path)[1]["epoch"] < swa_start
+    except UserError:
         return  # there is none
     if is_raw:
         with atomic_write(best_path.with_name(RAW_BEST)) as temporary:
@@ -83,17 +83,16 @@ def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[
     if not epoch:
         return acc, epoch
     beside = source.with_name(best_path.name)
-    moved = beside.resolve() != best_path.resolve()
     try:
-        best = read_checkpoint(beside)
-        # One of a later epoch was written just before the stop, and will be written again.
-        if (best.get("epoch"), best.get("best_acc")) == (epoch, acc) or best["epoch"] > epoch:
-            if moved:
-                set_aside(best_path.parent, state)
-                save_checkpoint(best_path, best)
-            return acc, epoch
-    except (UserError, LookupError, TypeError):
-        pass  # it is not there, damaged, or not a run's
+        best = load_checkpoint(beside)[1]
+    except UserError:
+        best = None  # it is not there, damaged, or not a run's
+    # One of a later epoch was written just before the stop, and will be written again.
+    if best and ((best["epoch"], best["best_acc"]) == (epoch, acc) or best["epoch"] > epoch):
+        if beside.resolve() != best_path.resolve():
+            set_aside(best_path.parent, state)
+            save_checkpoint(best_path, best)
+        return acc, epoch
     print(
         f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is not beside "
         f"{source}: the best model from now on counts as the best",

@@ -52,9 +52,11 @@ class EventLog:
         steps_done: int,
         world: World,
     ) -> None:
-        """Args:
-        folder: the run's own.
-        steps_done: what an earlier process has logged of later steps, TensorBoard leaves out.
+        """
+        Args:
+            folder: the run's own.
+            steps_done: of the run so far; what an earlier process logged of later ones, TensorBoard
+                leaves out.
         """
         self.folder, self.settings, self.world = folder, dict(settings), world
         self.step = steps_done

@@ -179,10 +179,10 @@ def go_on(
                 "more, or leave it out"
             )
     changes = {name: value for name, value in given.items() if FLAGS[name].metadata["changes"]}
-    settings = resolve(stored.recipe, content["run"]["dataset"], {**settings, **changes})
+    settings = resolve(stored.recipe, stored.dataset, {**settings, **changes})
     changes = {name: value for name, value in changes.items() if hasattr(stored, name)}
-    options = replace(stored, **changes | {"save_dir": options.save_dir, "resume": str(path)})
-    return options, SavedRun(path, content, settings, content["run"]["dataset"])
+    options = replace(stored, **changes | {"save_dir": options.save_dir})
+    return options, SavedRun(path, content, settings, stored.dataset)
 
 
 def check_same_images(saved: SavedRun, dataset: Dataset) -> Dataset:
@@ -210,7 +210,7 @@ def note_unfinished(folder: Path) -> None:
         state = read_run_state(folder / LAST)
     except UserError:
         return
-    done, epochs = state["position"]["epoch"], state["run"]["settings"]["epochs"]
+    done, epochs = state["position"]["epoch"], from_stored(state["run"])[1]["epochs"]
     if done < epochs:
         print(
             f"note: {folder / LAST} holds a run that stopped after {done} of {epochs} epochs; this "

@@ -336,6 +336,6 @@ class Run:
 
     def finish(self, test: Metrics) -> None:
         """Write history, timing and curves, and print the result on the test set."""
-        self.files.finish(test, len(self.loaders[0].split))
+        self.files.finish(test)
         test_loader, class_names = self.loaders[2], self.dataset.class_names
         self.log.finish(self.files.history, self._best, test_loader, class_names)

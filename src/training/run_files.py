@@ -1,5 +1,6 @@
 """The files of a run: which there are, what each holds, and when it is written."""
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from analysis import figures
 from common.cli import print_test_result
 from common.device import describe_device
 from common.distributed import World
-from common.files import check_writable, write_json, write_text
+from common.files import atomic_write, check_writable, write_json, write_text
 from common.progress import reset_todo_md, timestamp, update_todo_md
 from common.signals import uninterrupted
 from data.dataset import Dataset
@@ -25,7 +26,7 @@ from settings import Options, Settings
 from training import resume
 from training.best_model import BEST, keep_raw_best, restore_best, set_aside
 from training.epoch_sums import EpochSums, NotFiniteError
-from training.resume import LAST, SavedRun
+from training.resume import LAST, PREVIOUS, SavedRun
 from utils import BatchLoader, Metrics
 from vit_model import count_parameters
 
@@ -54,7 +55,7 @@ class RunFiles:
         best: the best epoch so far, from 1, and its validation accuracy in percent; 0 and -1 if
             there is none.
         history: what history.json holds.
-        nothing_saved: whether what is in the folder is not of this run.
+        nothing_saved: whether this run has saved nothing in its folder yet.
     """
 
     options: Options
@@ -109,7 +110,7 @@ class RunFiles:
             "precision": self.precision,
             "parameters": count_parameters(self.model),
             "model_config": self.model_config,
-            "train_images": len(self.dataset.train[: options.train_samples].labels),
+            "train_images": len(self.dataset.train[: options.train_samples]),
             "epochs": [],
             "test": None,
         }
@@ -125,6 +126,10 @@ class RunFiles:
     def restore(self) -> None:
         """Bring the files to where the saved run was: a stop can come between two of them."""
         saved = self.saved
+        if self.world.leads and not self.nothing_saved and saved.path.name == PREVIOUS:
+            # last.pt is damaged: the next save must not keep it in place of the one that is not.
+            with atomic_write(self.paths.last) as temporary:
+                shutil.copyfile(saved.path, temporary)
         self.history["epochs"], self.best = saved.content["history"], dict(saved.content["best"])
         if self.world.leads and saved.epoch:
             acc, epoch = restore_best(saved.content, saved.path, self.paths.best)
@@ -227,7 +232,7 @@ class RunFiles:
 
     # ------------------------------------------------------------------------------------ results
 
-    def finish(self, test: Metrics, train_images: int) -> None:
+    def finish(self, test: Metrics) -> None:
         """Write history, timing and curves, and print the result on the test set."""
         best_acc, best_epoch, epochs = self.best["acc"], self.best["epoch"], self.settings.epochs
         best = {"best_val_acc": best_acc, "best_epoch": best_epoch}
@@ -254,7 +259,7 @@ class RunFiles:
                 figures.save(figures.training_curves(self.history), paths.curves)
         print_test_result(self.dataset.name, *test)
         print(f"Best Val Acc: {best_acc:.2f} % @ Epoch {best_epoch}")
-        each, rate = seconds / epochs, epochs * train_images / seconds
+        each, rate = seconds / epochs, epochs * self.history["train_images"] / seconds
         print(f"Time: {seconds:.1f} s in all, {each:.1f} s an epoch, {rate:.0f} images/s")
         written = paths.best, paths.history, paths.timing, paths.curves, paths.todo
         print(f"Written: {', '.join(map(str, written))}")

@@ -91,7 +91,6 @@ def compile_network(
         print(f"note: torch.compile failed, training goes on without it: {reason}", file=sys.stderr)
         return model
     finally:
-        model.zero_grad()
         if share:
             model.patch_drop = share
     return lambda images: (compiled if images.shape == sample.shape else model)(images)

@@ -30,7 +30,7 @@ from common.errors import UserError
 from data import cache, decode
 from data.dataset import Dataset, Split
 from data.folder import load_folder, load_labelled
-from data.pictures import open_picture, prepare
+from data.pictures import prepare, read_picture
 from training.resolve import check_data_flags
 
 TRAIN = "--device cpu --dataset folder --depth 1 --embed_dim 16 --num_heads 2".split()
@@ -180,7 +180,7 @@ def test_each_odd_picture_is_used_as_what_it_shows(odd):
     labels = torch.cat((data.train.labels, data.val.labels, data.test.labels))
     assert labels.bincount().tolist() == [97, 103, 97]  # six odd ones beside 97
     for name in found:
-        picture = open_picture(odd / "disc" / name, name, decode.DRAFT * 64)
+        picture, _ = read_picture(odd / "disc" / name, name, decode.DRAFT * 64)
         assert np.array_equal(hashes[disc[name]], prepare(picture, 64, 3, "crop")), name
     assert len(set(found) & {"deep.png", "alpha.png", "cmyk.jpg", "palette.gif", "grey.bmp"}) >= 3
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image, ImageFilter
 
 from common.errors import UserError
-from data.pictures import MAX_SIDE, has_image_name, open_picture, prepare
+from data.pictures import MAX_SIDE, has_image_name, prepare, read_picture
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
@@ -18,7 +18,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 def through_file(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
     file = io.BytesIO()
     image.save(file, kind, **options)
-    return open_picture(file, "image x")
+    return read_picture(file, "image x")[0]
 
 
 def prepared(
@@ -79,9 +79,9 @@ def test_shrinking_averages_and_leaves_no_moire():
     rough = Image.fromarray(NOISE).resize((960, 960)).filter(ImageFilter.GaussianBlur(5))
     file = io.BytesIO()
     rough.save(file, "JPEG", quality=95)
-    whole = prepare(open_picture(file, "x"), 64, 3, "crop").astype(int)
-    fast = prepare(open_picture(file, "x", side=3 * 64), 64, 3, "crop").astype(int)
-    assert open_picture(file, "x", side=3 * 64).size == (240, 240)  # a quarter, decoded at once
+    whole = prepare(read_picture(file, "x")[0], 64, 3, "crop").astype(int)
+    fast = prepare(read_picture(file, "x", side=3 * 64)[0], 64, 3, "crop").astype(int)
+    assert read_picture(file, "x", side=3 * 64)[0].size == (240, 240)  # a quarter, decoded at once
     assert np.abs(whole - fast).max() <= 8
     expected = np.asarray(rough.resize((64, 64), Image.Resampling.BOX)).transpose(2, 0, 1)
     assert np.abs(whole - expected).mean() < 3
@@ -162,7 +162,7 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path):
     }
     for words, source in cases.items():
         with pytest.raises(UserError, match=f"^image x .*{words}") as caught:
-            open_picture(source, "image x")
+            read_picture(source, "image x")
         assert "\n" not in str(caught.value)
 
 

@@ -156,6 +156,8 @@ def test_a_name_that_is_no_text_is_answered(read, folder, tmp_path):
     (folder / "b.png").rename(tmp_path / "caf\udce9.png")
     result = read("caf\udce9.png")
     assert result.status == 0 and "caf\ufffd.png: " in result.out
+    Path("\x1b[2J.png").write_text("no image")
+    assert "image ?[2J.png" in read("\x1b[2J.png").err
 
 
 def test_single_takes_all_strokes_for_one_digit(read):

@@ -80,6 +80,7 @@ OPTIMIZER_MISTAKES = {
     "SGD(clip_grad_max_norm=-1)": "not above 0",
     "SGD(clip_grad_max_norm=[1, 2])": "1 parameter groups, but 2 norms",
     "SGD(clip_grad_max_norm=1, clip_grad_norm_type='a')": "clip_grad_norm_type",
+    "SGD(clip_grad_norm_type=1)": "no effect without clip_grad_max_norm",
     "SGD(*[1])": "is not a value",
     "SGD(**{})": "is not a value",
     "SGD(lr=0.1, lr=0.2)": "gives an argument twice",

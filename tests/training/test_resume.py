@@ -255,6 +255,7 @@ def test_a_damaged_save_is_told_by_its_checksum_and_the_one_before_serves(run, c
         assert "after 1 of 2 epochs and 4 steps" in result.out
         assert comparable(read(LAST)) == whole
         assert len(history(here / "checkpoints")["epochs"]) == 2
+        assert read(PREVIOUS)["position"]["step"] == 4  # not the damaged one
     for path in (LAST, PREVIOUS):
         path.write_bytes(flipped)
     assert_one_error_line(run(train.main, "--resume"), "last.prev.pt is damaged", "checksum")
@@ -365,6 +366,7 @@ def test_which_epochs_were_the_best_is_worked_out_for_an_older_file(stopped, tmp
     [
         ("run settings", {"lr": "nan", "depth": 10**9, "optimizer": "__import__('os')"}),
         ("run", {"seed": None, "dataset": "--todo_path=x", "settings": 7}),
+        ("run", {"dataset": "auto"}),
         ("run", {"fingerprint": "0123456789ab\ntest_acc: 100"}),
         ("position", {"epoch": -1, "step": 10**9}),
         ("position totals", {"lrs": [1, 2, 3], "seconds": "long"}),
@@ -388,6 +390,19 @@ def test_a_state_that_was_tampered_with_ends_in_one_line(run, stopped, place, ch
         save_checkpoint("last.pt", state)
         result = run(train.main, "--resume", "last.pt", "--epochs", 2, *HERE)
         assert_one_error_line(result)
+
+
+def test_what_a_new_run_finds_cannot_end_it(complete, stopped):
+    """A `last.pt` without a number of epochs, a best model of odd values."""
+    state, best = read(stopped / LAST), read(stopped / BEST)
+    del state["run"]["settings"]["epochs"]
+    LAST.parent.mkdir()
+    save_checkpoint(LAST, state)
+    save_checkpoint(BEST, {**best, "best_acc": 10**400, "fingerprint": "other"})
+    assert "a best model of unknown settings" in complete(*TINY, "--epochs", 1).out
+    save_checkpoint(BEST, {**best, "epoch": torch.tensor([1, 2])})
+    save_checkpoint(LAST, read(stopped / LAST))
+    assert "WARNING: the best model so far" in complete("--resume", "--epochs", 2, *HERE).err
 
 
 def test_paths_are_not_taken_from_the_file(complete, stopped):

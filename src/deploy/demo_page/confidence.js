@@ -22,8 +22,8 @@ function readImage(model, image) {
  *
  * `whitening` has (D, D) for each block, `centres` (classes, D); without `threshold` nothing is strange.
  */
-function isStrange(vectors, { threshold = Infinity, whitening, centres }) {
-  if (threshold === Infinity) return false;
+function isStrange(vectors, { threshold, whitening, centres }) {
+  if (threshold === undefined) return false;
   const D = vectors[0].length, matrix = whitening.length / vectors.length, means = centres.length / vectors.length;
   let strangeness = 0;
   vectors.forEach((vector, block) => {

@@ -101,6 +101,7 @@ function clear() {
 function undo() {
   if (pen !== null) return;
   if (upload || strokes.length < 2) return clear();
+  sheet++; // an example that is being drawn ends
   strokes.pop();
   redraw();
   askAboutDrawing(performance.now());

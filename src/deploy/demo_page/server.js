@@ -15,7 +15,7 @@ const reader = {
     answerTo("predict?drawing", { method: "POST", body: new Blob([`P5 ${side} ${side} 255\n`, grey]) }),
 
   /** What is in a picture's file. */
-  readPicture: (file) => answerTo("predict?picture", { method: "POST", body: file }),
+  readPicture: (file) => answerTo("predict", { method: "POST", body: file }),
 };
 
 async function answerTo(path, request) {
