@@ -138,7 +138,7 @@ def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool, layer_deca
             raise UserError(f"{call}: history_size is not from 1 to {MAX_HISTORY}")
         if call.arguments.get("max_iter", 1) < 1:
             raise UserError(f"{call}: max_iter is not at least 1")
-        if "clip_grad_max_norm" in call.arguments:
+        if {"clip_grad_max_norm", "clip_grad_norm_type"} & call.arguments.keys():
             raise UserError(
                 f"{call}: LBFGS learns from gradients as they are; they are not clipped"
             )
@@ -197,8 +197,6 @@ def _layer(name: str, top: int) -> int:
 
 def _set_clipping(groups: list[dict[str, Any]], call: Call) -> None:
     """Give the groups the call's `clip_grad_max_norm`; a list has a value for each of them."""
-    if "clip_grad_norm_type" in call.arguments and call.arguments.get("clip_grad_max_norm") is None:
-        raise UserError(f"{call}: clip_grad_norm_type has no effect without clip_grad_max_norm")
     max_norms = call.arguments.get("clip_grad_max_norm")
     norm_type = call.arguments.get("clip_grad_norm_type")
     max_norms = max_norms if isinstance(max_norms, list) else [max_norms] * len(groups)
@@ -274,6 +272,11 @@ def check_calls(
             calls[flag] = parse_call(text, classes)
         except UserError as error:
             raise UserError(f"--{flag}: {error}") from None
+    kind, norm = (
+        calls["optimizer"].arguments.get(f"clip_grad_{name}") for name in ("norm_type", "max_norm")
+    )
+    if kind is not None and norm is None:
+        raise UserError("--optimizer: clip_grad_norm_type has no effect without clip_grad_max_norm")
     reasons = _idle_flags(calls["optimizer"], calls["scheduler"])
     if given.get("freeze") == "backbone":
         reasons |= _idle_in_a_probe(calls["optimizer"], given)

@@ -108,7 +108,7 @@ class Settings:
     patch_size: int = model_flag(
         7,
         "side of a patch in pixels; unless given, another where this doesn't divide the image's "
-        "side or makes more than 16 patches of it",
+        "side, or makes more than 16 patches a side",
         integer(1),
     )
     embed_dim: int = model_flag(96, "width of a token", integer(1, 10**5))
@@ -221,7 +221,7 @@ class Options:
         integer(4, 1024),
     )
     in_chans: int | None = folder_flag(
-        None, "1: grey, 3: colour; None: 3 if any image has colour", integer(1, 3), choices=(1, 3)
+        None, "1: grey, 3: colour; None: 3 if any image has colour", integer(1), choices=(1, 3)
     )
     resize: str = folder_flag(
         "crop",

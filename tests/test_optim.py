@@ -234,6 +234,7 @@ def test_the_text_sets_the_clipping_of_every_group():
         ({"scheduler": "CyclicLR(base_lr=0.1, max_lr=0.5)"}, {"lr": 0.1}, "all rates itself"),
         ({"optimizer": "LBFGS"}, {"grad_clip": 2.0}, "--grad_clip 2.0 .* LBFGS .*not clipped"),
         ({"optimizer": "SGD(clip_grad_max_norm=1)"}, {"grad_clip": 2.0}, "clips by its own"),
+        ({"optimizer": "SGD(clip_grad_norm_type=1)"}, {}, "no effect without clip_grad_max_norm"),
         ({"scheduler": "OneCycleLR(max_lr=0.5)"}, {"layer_decay": 0.9}, "--layer_d.* all rates"),
         ({}, PROBE | {"layer_decay": 0.9}, "--layer_decay 0.9 .* only the head learns"),
         ({}, PROBE | {"lr": 0.1, "head_lr": 1.0}, "--lr 0.1 .* and --head_lr is its rate"),
@@ -256,6 +257,7 @@ def test_flags_with_an_effect_are_taken():
     given = {"lr": 1.0, "weight_decay": 1.0, "grad_clip": 1.0, "swa_anneal_epochs": 1}
     muon = "Muon(lr=0.1, weight_decay=0.1, clip_grad_max_norm=[1, None])"  # the rest is AdamW's
     check_calls(muon, "CyclicLR(max_lr=1)", swa_lr=0.1, given=given)
+    check_calls("SGD(clip_grad_norm_type=None)", "cosine", swa_lr=None, given={})
     check_calls("AdamW", "OneCycleLR(max_lr=1)", swa_lr=None, given={"layer_decay": 1.0})
     for rate in ("lr", "head_lr"):
         check_calls("AdamW", "cosine", swa_lr=None, given=PROBE | {rate: 0.1})

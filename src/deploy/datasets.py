@@ -32,9 +32,9 @@ def load_test_images(
 
     Args:
         checkpoint: the model's, which is from `path`.
-        data_dir: a folder with a folder of pictures for each class, right in it or in its `test`;
-            or where the model's own data set is. Pictures are prepared as `predict` does it; those
-            that the model was trained on are left out.
+        data_dir: a folder with a folder of pictures for each class, in its `test`, else `train`,
+            else right in it; or where the model's own data set is. Pictures are prepared as
+            `predict` does it; those that the model was trained on are left out.
     """
     class_names = checkpoint["class_names"]
     of_folder = checkpoint["source"] == "folder"

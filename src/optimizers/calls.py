@@ -61,7 +61,7 @@ MAX_NUMBER = 1e100
 
 # Arguments that the training script sets, or has no use for.
 HIDDEN = {"self", "params", "optimizer", "last_epoch", "differentiable", "capturable"}
-CLIPPING = [  # OneFlow's options of a parameter group, which every optimizer takes
+CLIPPING = [  # OneFlow's options of a parameter group, which every optimizer but LBFGS takes
     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
     for name, kind in (
         ("clip_grad_max_norm", "float | list[float] | None"),

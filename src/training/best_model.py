@@ -91,7 +91,7 @@ def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[
     if best and ((best["epoch"], best["best_acc"]) == (epoch, acc) or best["epoch"] > epoch):
         if beside.resolve() != best_path.resolve():
             set_aside(best_path.parent, state)
-            save_checkpoint(best_path, best)
+            save_checkpoint(best_path, read_checkpoint(beside))
         return acc, epoch
     print(
         f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is not beside "

@@ -59,12 +59,15 @@ class SavedRun:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: bool) -> None:
-    """Write `last.pt` and the run's paths; the `last.pt` of before becomes `last.prev.pt`. Raises
-    UserError if it can't be written. What was there is still there.
+def save_last(
+    folder: Path, state: dict[str, Any], options: Options, *, first: bool, keep: bool
+) -> None:
+    """Write `last.pt` and the run's paths. Raises UserError if it can't be written; what
+    was there then stays.
 
     Args:
         first: the run's first save; what is there is an earlier run's and is not kept.
+        keep: the `last.pt` of before becomes `last.prev.pt`.
     """
     paths = {name: getattr(options, name) for name in PATHS}  # None: the digits need no data_dir
     paths = {name: path and str(Path(path).absolute()) for name, path in paths.items()}
@@ -72,7 +75,7 @@ def save_last(folder: Path, state: dict[str, Any], options: Options, *, first: b
     paths = json.dumps({**about, **paths}, indent=2) + "\n"
     if _read_text(folder / PATHS_FILE) != paths:
         write_text(folder / PATHS_FILE, paths)
-    save_checkpoint(folder / LAST, state, keep=None if first else folder / PREVIOUS)
+    save_checkpoint(folder / LAST, state, keep=folder / PREVIOUS if keep and not first else None)
     if first:
         (folder / PREVIOUS).unlink(missing_ok=True)
 

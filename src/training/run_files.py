@@ -1,6 +1,5 @@
 """The files of a run: which there are, what each holds, and when it is written."""
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from analysis import figures
 from common.cli import print_test_result
 from common.device import describe_device
 from common.distributed import World
-from common.files import atomic_write, check_writable, write_json, write_text
+from common.files import check_writable, write_json, write_text
 from common.progress import reset_todo_md, timestamp, update_todo_md
 from common.signals import uninterrupted
 from data.dataset import Dataset
@@ -56,6 +55,7 @@ class RunFiles:
             there is none.
         history: what history.json holds.
         nothing_saved: whether this run has saved nothing in its folder yet.
+        keeps_last: whether the next save keeps the one before it.
     """
 
     options: Options
@@ -81,6 +81,8 @@ class RunFiles:
         self.best: dict[str, Any] = {"epoch": 0, "acc": -1.0}
         is_here = saved and saved.path.resolve().parent == options.save_dir.resolve()
         self.nothing_saved = not is_here
+        # Where last.pt is damaged, last.prev.pt, from which the run goes on, must outlive it.
+        self.keeps_last = not (saved and saved.path.name == PREVIOUS)
         settings = {
             "recipe": options.recipe,
             **asdict(self.settings),
@@ -126,10 +128,6 @@ class RunFiles:
     def restore(self) -> None:
         """Bring the files to where the saved run was: a stop can come between two of them."""
         saved = self.saved
-        if self.world.leads and not self.nothing_saved and saved.path.name == PREVIOUS:
-            # last.pt is damaged: the next save must not keep it in place of the one that is not.
-            with atomic_write(self.paths.last) as temporary:
-                shutil.copyfile(saved.path, temporary)
         self.history["epochs"], self.best = saved.content["history"], dict(saved.content["best"])
         if self.world.leads and saved.epoch:
             acc, epoch = restore_best(saved.content, saved.path, self.paths.best)
@@ -179,8 +177,9 @@ class RunFiles:
                 "random": generators,
             }
             with uninterrupted():
-                resume.save_last(self.paths.folder, content, self.options, first=self.nothing_saved)
-        self.nothing_saved = False
+                how = {"first": self.nothing_saved, "keep": self.keeps_last}
+                resume.save_last(self.paths.folder, content, self.options, **how)
+        self.nothing_saved, self.keeps_last = False, True
         self.world.share(None)  # none goes on before it is written
 
     def save_epoch(self, row: dict[str, Any], validation: Metrics, sums: EpochSums) -> None:
