@@ -248,8 +248,8 @@ class Options:
     recipe: str = recipe_flag(
         "article",
         "a set of flags, from recipes.py: article, as published; fast, the least time to 99 %%; "
-        "best, the highest accuracy in 20 minutes; robust, best for images that differ a little; "
-        "cifar, for small colour photos; flags given beside it win",
+        "best, the highest accuracy in 20 minutes; robust, in 45 minutes, also for images that "
+        "differ a little; cifar, for small colour photos; flags given beside it win",
         choices=tuple(RECIPES),
     )
     config: str | None = recipe_flag(
