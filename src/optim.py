@@ -272,11 +272,11 @@ def check_calls(
             calls[flag] = parse_call(text, classes)
         except UserError as error:
             raise UserError(f"--{flag}: {error}") from None
-    kind, norm = (
-        calls["optimizer"].arguments.get(f"clip_grad_{name}") for name in ("norm_type", "max_norm")
-    )
-    if kind is not None and norm is None:
-        raise UserError("--optimizer: clip_grad_norm_type has no effect without clip_grad_max_norm")
+    arguments = calls["optimizer"].arguments
+    is_set = {name for name, value in arguments.items() if value is not None}
+    if "clip_grad_norm_type" in is_set and "clip_grad_max_norm" not in is_set:
+        reason = "clip_grad_norm_type has no effect without clip_grad_max_norm: leave it out"
+        raise UserError(f"--optimizer: {reason}")
     reasons = _idle_flags(calls["optimizer"], calls["scheduler"])
     if given.get("freeze") == "backbone":
         reasons |= _idle_in_a_probe(calls["optimizer"], given)

@@ -60,8 +60,7 @@ class Dataset:
         name: what it is called where results are shown.
         mean, std: of the training pixels scaled to [0, 1], for each channel.
         source: the name by which `load_dataset` finds it.
-        preparation: how a picture becomes one of its images: one of
-            `catalog.PREPARATIONS`.
+        preparation: how a picture becomes one of its images, of `catalog.PREPARATIONS`.
         trained_on: of a folder's images, int64: what tells each file of the training images, then
             of the validation images, from all others.
         tested_on: the same of the test images.

@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     files = f"file that is written (default: {files}; SET: the name of the data set)"
     add("--output", default=argparse.SUPPRESS, help=files)
     add("--seed", type=cli.integer(0), help="for random test images and t-SNE: the same again")
-    index = "for attention and report: up to 12 test images, counted from 0, not random ones"
+    index = f"for attention and report: up to {MAX_INDICES} test images, counted from 0, not random"
     add("--index", nargs="+", type=cli.integer(0), metavar="N", help=index)
     data_dir = (
         "a folder with a folder of pictures for each class, in its folder test, else train, else "

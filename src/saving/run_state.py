@@ -67,6 +67,7 @@ def read_run_state(path: Path) -> dict[str, Any]:
         told = run.setdefault("fingerprint", fingerprint(run))
         if not re.fullmatch("[0-9a-f]{12}", told):
             raise ValueError("its fingerprint is not 12 hexadecimal digits")
+        run["settings"] = settings  # complete and checked; the fingerprint is of what the file has
     return state
 
 

@@ -64,8 +64,12 @@ def keep_raw_best(best_path: Path, swa_start: int) -> None:
     except UserError:
         return  # there is none
     if is_raw:
-        with atomic_write(best_path.with_name(RAW_BEST)) as temporary:
-            shutil.copyfile(best_path, temporary)
+        _copy(best_path, best_path.with_name(RAW_BEST))
+
+
+def _copy(path: Path, to: Path) -> None:
+    with atomic_write(to) as temporary:
+        shutil.copyfile(path, temporary)
 
 
 def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[float, int]:
@@ -91,7 +95,7 @@ def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[
     if best and ((best["epoch"], best["best_acc"]) == (epoch, acc) or best["epoch"] > epoch):
         if beside.resolve() != best_path.resolve():
             set_aside(best_path.parent, state)
-            save_checkpoint(best_path, read_checkpoint(beside))
+            _copy(beside, best_path)
         return acc, epoch
     print(
         f"WARNING: the best model so far, of epoch {epoch} with {acc:.2f} %, is not beside "

@@ -52,11 +52,10 @@ class EventLog:
         steps_done: int,
         world: World,
     ) -> None:
-        """
+        """Begin the log, or continue it after `steps_done`: later steps that it has are dropped.
+
         Args:
             folder: the run's own.
-            steps_done: of the run so far; what an earlier process logged of later ones, TensorBoard
-                leaves out.
         """
         self.folder, self.settings, self.world = folder, dict(settings), world
         self.step = steps_done

@@ -62,11 +62,11 @@ class SavedRun:
 def save_last(
     folder: Path, state: dict[str, Any], options: Options, *, first: bool, keep: bool
 ) -> None:
-    """Write `last.pt` and the run's paths. Raises UserError if it can't be written; what
-    was there then stays.
+    """Write `last.pt` and the run's paths. Raises UserError if it can't be written; the
+    `last.pt` of before is then still there.
 
     Args:
-        first: the run's first save; what is there is an earlier run's and is not kept.
+        first: the run's first save here: an earlier run's `last.prev.pt` goes.
         keep: the `last.pt` of before becomes `last.prev.pt`.
     """
     paths = {name: getattr(options, name) for name in PATHS}  # None: the digits need no data_dir
@@ -75,7 +75,7 @@ def save_last(
     paths = json.dumps({**about, **paths}, indent=2) + "\n"
     if _read_text(folder / PATHS_FILE) != paths:
         write_text(folder / PATHS_FILE, paths)
-    save_checkpoint(folder / LAST, state, keep=folder / PREVIOUS if keep and not first else None)
+    save_checkpoint(folder / LAST, state, keep=folder / PREVIOUS if keep else None)
     if first:
         (folder / PREVIOUS).unlink(missing_ok=True)
 
@@ -213,7 +213,7 @@ def note_unfinished(folder: Path) -> None:
         state = read_run_state(folder / LAST)
     except UserError:
         return
-    done, epochs = state["position"]["epoch"], from_stored(state["run"])[1]["epochs"]
+    done, epochs = state["position"]["epoch"], state["run"]["settings"]["epochs"]
     if done < epochs:
         print(
             f"note: {folder / LAST} holds a run that stopped after {done} of {epochs} epochs; this "

@@ -55,7 +55,7 @@ class RunFiles:
             there is none.
         history: what history.json holds.
         nothing_saved: whether this run has saved nothing in its folder yet.
-        keeps_last: whether the next save keeps the one before it.
+        keeps_last: whether the next save keeps the `last.pt` that is there.
     """
 
     options: Options
@@ -81,8 +81,8 @@ class RunFiles:
         self.best: dict[str, Any] = {"epoch": 0, "acc": -1.0}
         is_here = saved and saved.path.resolve().parent == options.save_dir.resolve()
         self.nothing_saved = not is_here
-        # Where last.pt is damaged, last.prev.pt, from which the run goes on, must outlive it.
-        self.keeps_last = not (saved and saved.path.name == PREVIOUS)
+        # Not an earlier run's; nor a damaged one, which would take the place of last.prev.pt.
+        self.keeps_last = bool(is_here and saved.path.name != PREVIOUS)
         settings = {
             "recipe": options.recipe,
             **asdict(self.settings),
