@@ -1,5 +1,5 @@
 """Latency and throughput of a trained network: eager PyTorch in fp32 and bf16, torch.compile, ONNX
-Runtime in fp32 and int8.
+Runtime in fp32 and int8, and, where it is installed, OpenVINO in fp32, bf16 and int8.
 
 The runtimes take turns of several calls, so that a machine that slows down slows all; a turn's
 first call, which finds the others' weights in the caches, is not timed. Inputs are random: the time
@@ -8,6 +8,7 @@ does not depend on them.
 
 import report  # finds src
 
+import io
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,25 @@ from vit_model import ViT
 
 
 def export(model: ViT, images: Tensor) -> dict[str, bytes]:
-    """The network as ONNX, by the name of what runs it."""
+    """The network as ONNX, by what follows the name of what runs it."""
     plain = to_onnx(model, images[:2])
-    quantized = to_int8(plain, images)
-    return {"ONNX Runtime": to_bytes(plain), "ONNX Runtime, int8": to_bytes(quantized)}
+    return {"": to_bytes(plain), ", int8": to_bytes(to_int8(plain, images))}
+
+
+def in_openvino(exported: dict[str, bytes]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The exported network in OpenVINO, by name, if it is installed."""
+    try:
+        import openvino
+    except ImportError:
+        return {}
+    core, runtimes = openvino.Core(), {}
+    how = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    for kind, precision in (("", "f32"), (", bf16", "bf16"), (", int8", "f32")):
+        network = core.read_model(io.BytesIO(exported.get(kind, exported[""])))
+        how["INFERENCE_PRECISION_HINT"] = precision
+        compiled = core.compile_model(network, "CPU", how)
+        runtimes[f"OpenVINO{kind}"] = lambda x, run=compiled: torch.from_numpy(run(x.numpy())[0])
+    return runtimes
 
 
 def build_runtimes(
@@ -42,7 +58,9 @@ def build_runtimes(
     torch.compiler.reset()  # it stops to compile a network after some shapes
     compiled = torch.compile(model, dynamic=False)
     runtimes = {"eager": model, "eager, bf16": in_bf16, "compiled": compiled}
-    return runtimes | {name: onnx_session(content) for name, content in exported.items()}
+    for kind, content in exported.items():
+        runtimes[f"ONNX Runtime{kind}"] = onnx_session(content)
+    return runtimes | (in_openvino(exported) if exported else {})
 
 
 def main() -> None:

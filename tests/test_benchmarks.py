@@ -34,6 +34,7 @@ NEVER_THE_SAME = "dark on light, motion, thin, thick, JPEG, dithered, posterised
 SCRIPTS = sorted(p.name for p in BENCHMARKS.glob("*.py") if "def main(" in p.read_text("utf-8"))
 SHORT = {
     "roofline.py": "--recipe fast --turns 1",
+    "epoch.py": f"--images 100 --turns 1 --data_dir {MNIST}",
     "disturbances.py": f"--turns 1 --data_dir {MNIST}",
     "throughput.py": "--steps 1 --turns 1 --batch_size 8",  # in ./mnist
     "scaling.py": f"--processes 2 --steps 1 --data_dir {MNIST}",
