@@ -33,8 +33,10 @@ def vit_mnist() -> torch.nn.Module:
 
 
 def _transforms(image, mean: list[float], std: list[float]) -> torch.Tensor:
-    """float32 (B, 1, 28, 28), normalised. Raises ValueError for arrays of another kind."""
+    """float32 (B, 1, 28, 28), normalised. Raises ValueError for images of another kind."""
     if hasattr(image, "convert"):  # PIL's
+        if image.mode.startswith(("I", "F")):  # which of its values is white is not known
+            raise ValueError(f"expected a PIL image of 8 bits a value, got mode {image.mode}")
         # Black ink on nothing is black ink on white paper.
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")

@@ -341,7 +341,7 @@ def run_together(count: int, folder: str, *command: object) -> int:
     processes, failed, deadline = [], [], None
 
     def hand_on(number: int, _: object) -> None:
-        for process in processes:
+        for process in processes if os.name != "nt" else ():  # there Ctrl-C reaches each by itself
             process.send_signal(number)
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP

@@ -70,6 +70,8 @@ def test_pictures_and_arrays_become_what_the_model_takes(hub):
     for odd in (small / 255, small[:-1], small.astype(np.int64)):
         with pytest.raises(ValueError, match=r"expected a PIL image, or uint8 of \(28, 28\), got"):
             hub.transforms(odd)
+    with pytest.raises(ValueError, match="8 bits a value, got mode I;16"):
+        hub.transforms(Image.new("I;16", (28, 28)))
 
 
 def test_a_clone_in_the_cache_offers_one_name_and_says_what_it_is(tmp_path, monkeypatch):

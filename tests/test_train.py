@@ -466,7 +466,12 @@ def test_numbers_out_of_all_bounds_end_the_run_and_keep_the_best_model(run, comp
         assert BEST.read_bytes() == before
 
 
+def run_out_of_an_apples_memory():
+    raise RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB)")
+
+
 def test_out_of_memory_is_one_line(run):
+    assert_one_error_line(run(run_out_of_an_apples_memory), "out of memory", "--batch_size")
     assert_one_error_line(run(lambda: torch.empty(2**50)), "out of memory", "--batch_size")
 
 

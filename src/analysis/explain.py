@@ -244,7 +244,7 @@ def project(vectors: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    if min(vectors.shape) < 2:  # which neither takes
+    if min(vectors.shape) < 2 or (vectors == vectors[0]).all():  # which t-SNE dies of
         return dict.fromkeys(("PCA", "t-SNE"), np.zeros((len(vectors), 2)))
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)

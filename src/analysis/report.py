@@ -5,6 +5,7 @@ stranger or edited by hand: it is checked, cut to one short line, and escaped.
 """
 
 import html
+import os
 import re
 from base64 import b64encode
 from collections.abc import Sequence
@@ -130,9 +131,11 @@ def write_report(
         sections.append(Section(heading, text, name, tables.get(name, ())))
     sections += [_comparison(*timings)] if timings else []
     sections.append(_settings(checkpoint, history))
+    # Only two folders of a path: a report is shown to others.
     if notes:
-        sections.append(Section("Left out", text=" ".join(f"{note}." for note in notes)))
-    # Only two folders of the path: a report is shown to others.
+        folder = f"{Path(checkpoint_path).parent}{os.sep}"
+        text = " ".join(f"{note.replace(folder, '')}." for note in notes)
+        sections.append(Section("Left out", text=text))
     shown = one_line(str(Path(*Path(checkpoint_path).parts[-3:])), 200)
     right = f"{100 * outputs.correct.mean():.2f} % right"
     content = {
@@ -145,7 +148,7 @@ def write_report(
     for name, png in pictures.items():
         picture_path = path.with_name(f"{path.stem}_{name}.png")
         write_bytes(picture_path, png)
-        links[name] = Markup(quote(picture_path.name))
+        links[name] = Markup(quote(os.fsencode(picture_path.name)))
         embedded[name] = f"data:image/png;base64,{b64encode(png).decode()}"
     write_text(path.with_suffix(".md"), MARKDOWN.render(content, images=links))
     write_text(path, HTML.render(content, images=embedded))

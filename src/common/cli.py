@@ -133,8 +133,9 @@ def run(main: Callable[[], None]) -> None:
     Ctrl-C, 141 where nobody reads the output any more, 129 where the terminal was closed.
     """
     startup.imports_are_done()
-    if hasattr(sys.stdout, "reconfigure"):  # a pipe's reader sees each line at once
-        sys.stdout.reconfigure(line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):
+        # A pipe's reader sees each line at once; its encoding may lack letters of a name.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     together = os.environ.get("WORLD_SIZE", "1") != "1" and startup.runs_a_script()
     try:
         _run_to_exit(main)

@@ -168,7 +168,11 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
             if world.leads:
                 yield
             else:
-                with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+                with (
+                    open(os.devnull, "w", errors="replace") as null,
+                    redirect_stdout(null),
+                    redirect_stderr(null),
+                ):
                     yield
         except Stopped as stop:  # all of them, after the same step
             stopped = stop

@@ -18,6 +18,7 @@ class Stopped(Exception):  # noqa: N818 not an error: all is saved
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the CPU or GPU is out of memory; PyTorch's error for the CPU is a RuntimeError."""
+    """Whether the CPU or GPU is out of memory; PyTorch has a RuntimeError for it but on CUDA."""
     names = {kind.__name__ for kind in type(error).__mro__}  # without importing PyTorch
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator" in str(error)
+    words = "DefaultCPUAllocator", "out of memory"
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(w in str(error) for w in words)

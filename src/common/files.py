@@ -25,7 +25,9 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
     given. So `path` is a complete file, new or old, at any time. Raises UserError if the folder
     or the file can't be written. The old file is still there.
     """
-    path = Path(path).resolve()  # a symbolic link is kept, the file that it points to replaced
+    path = Path(
+        os.path.realpath(path)
+    )  # a symbolic link is kept, the file that it points to replaced
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{_TEMPORARY}{path.suffix}")
     try:
         _make_room(path)
@@ -96,7 +98,7 @@ def open_to_read(path: Path) -> Iterator[BinaryIO]:
 
 def check_writable(path: str | Path) -> None:
     """Raise UserError at once if `path` can't be written, rather than after an hour of training."""
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
     try:
         _make_room(path)
         with tempfile.TemporaryFile(dir=path.parent):
@@ -113,7 +115,7 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
     protection; a note on stderr says so. Raises UserError if another process uses the folder, or it
     can't be written.
     """
-    path = Path(folder).resolve() / ".lock"
+    path = Path(os.path.realpath(folder), ".lock")
     pid_path = path.with_name(".lock.pid")  # filelock does not tell which process has the lock
     check_writable(path)
     lock = FileLock(path)

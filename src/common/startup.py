@@ -25,14 +25,19 @@ SCRIPTS = [Path(__file__).resolve().parents[2] / name for name in ("src", "bench
 
 def cores() -> int:
     """How many cores this process may use: by its affinity and, in a container, by its quota."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1
+    count = _allowed()
     with suppress(OSError, ValueError):  # no such file, or no quota: "max 100000"
         quota, period = map(int, CPU_MAX.read_text().split())
         count = min(count, max(1, quota // period))
     return count
+
+
+def _allowed() -> int:
+    """How many cores this process may use by its affinity, which is all that PyTorch asks."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
 
 
 def free_cores(seconds: float = 0.2) -> int | None:
@@ -102,9 +107,11 @@ def runs_a_script() -> bool:
 
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
-# Several processes of one machine should use every core once.
-if (processes := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() and int(processes) > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // int(processes))))
+# Several processes of one machine should use every core once, and a container its quota.
+processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+threads = max(1, cores() // max(1, int(processes) if processes.isdecimal() else 1))
+if threads < _allowed():
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 # Not where Ctrl-C is ignored, as in a shell's background jobs.
 if runs_a_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ class ImageFile(NamedTuple):
 
     path: str  # from the folder on, with "/"
     part: str  # one of PARTS
-    class_name: str
+    class_name: str  # see `_composed`
     size: int  # bytes
     mtime_ns: int
 
@@ -47,18 +48,20 @@ def list_images(folder: str | Path) -> Listing:
     inside, files = _look_into(listing.folder)
     if "train" not in inside or not _look_into(listing.folder / "train")[0]:
         _add_part(listing, "train", "")
-        if listing.files and set(inside) <= PART_NAMES.keys():
+        parts = {file.class_name for file in listing.files} & PART_NAMES.keys()
+        # A train beside other classes may be a vehicle.
+        if parts - {"train"} or (parts and set(inside) <= PART_NAMES.keys()):
             raise UserError(
-                f"{folder} has images right in its {', '.join(inside)}: expected a folder for each "
-                "class there"
+                f"{folder} has images right in its {', '.join(sorted(parts))}: expected a folder "
+                "for each class there"
             )
         return listing
     if "val" in inside and "valid" in inside:
         raise UserError(f"{folder} has both val and valid: rename one of them")
-    for name in PART_NAMES:
-        if name in inside:
-            _add_part(listing, PART_NAMES[name], f"{name}/")
-    listing.others += [*files, *(f"{name}/" for name in inside if name not in PART_NAMES)]
+    parts = [n for n in PART_NAMES if n in inside and _look_into(listing.folder / n)[0]]
+    for name in parts:
+        _add_part(listing, PART_NAMES[name], f"{name}/")
+    listing.others += [*files, *(f"{name}/" for name in inside if name not in parts)]
     return listing
 
 
@@ -77,9 +80,10 @@ def list_labelled(folder: str | Path) -> Listing:
 def _add_part(listing: Listing, part: str, prefix: str) -> None:
     """Add the classes in the folder's `prefix`, a path that ends with "/" or is empty."""
     root = listing.folder / prefix
-    listing.classes[part], loose = _look_into(root)
+    inside, loose = _look_into(root)
+    listing.classes[part] = sorted(set(map(_composed, inside)))
     listing.others += [prefix + name for name in loose]
-    for class_name in listing.classes[part]:
+    for class_name in inside:
         if len(class_name) > MAX_NAME or not class_name.isprintable():
             raise UserError(
                 f"the folder {class_name!r} in {root} cannot name a class: rename it, with at most "
@@ -93,7 +97,12 @@ def _add_part(listing: Listing, part: str, prefix: str) -> None:
                 listing.others.append(path + name)
                 continue
             facts = about.st_size, about.st_mtime_ns
-            listing.files.append(ImageFile(path + name, part, class_name, *facts))
+            listing.files.append(ImageFile(path + name, part, _composed(class_name), *facts))
+
+
+def _composed(name: str) -> str:
+    """A name in the one of its ways to be written (NFC) that most systems have."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _look_into(path: Path) -> tuple[list[str], dict[str, os.stat_result | None]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common.errors import UserError
 
@@ -19,6 +19,10 @@ from common.errors import UserError
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
 MAX_SIDE = 10_000  # pixels
 MAX_PIXELS = 50_000_000  # to decode; more would take gigabytes
+# By the value of EXIF's Orientation.
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM")
+TURNS += ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+TURNS = {value: Image.Transpose[name] for value, name in enumerate(TURNS, start=2)}
 # From so many times the side that is wanted on, shrinking in means of blocks is not seen: the rest
 # of the way is BICUBIC's. It is the value that Pillow's documentation gives.
 REDUCING_GAP = 3
@@ -54,7 +58,7 @@ def read_picture(
             if side is not None:
                 image.draft(None, (side, side))
             stored = image.size
-            image = ImageOps.exif_transpose(image)
+            image = _upright(image)
             size = size[::-1] if image.size != stored else size
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel
             image = Image.fromarray(_from_deep(image))
@@ -79,6 +83,17 @@ def read_picture(
             f"{what} cannot be read: damaged, or none of {', '.join(FORMATS)}; "
             "give a PNG or JPEG file"
         ) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture, decoded, as its camera was held. Other EXIF data is left unread: unlike the
+    pixels, it is often damaged.
+    """
+    image.load()
+    turn = None
+    with suppress(Exception):  # whatever Pillow makes of damaged data
+        turn = TURNS.get(image.getexif().get(0x0112))
+    return image if turn is None else image.transpose(turn)
 
 
 def stored_size(path: str | Path) -> tuple[int, int] | None:

@@ -73,8 +73,7 @@ def show(result: dict[str, Any], form: str, words: Words) -> bool:
     """Print the answers to stdout and the errors to stderr. Returns whether all were read."""
     text = FORMATS[form](result, words)
     # A file's name may have bytes that are not text.
-    sys.stdout.write(os.fsencode(text).decode(errors="replace"))
-    sys.stdout.flush()
+    print(os.fsencode(text).decode(errors="replace"), end="", flush=True)
     errors = [row["error"] for row in result["images"] if "error" in row]
     for error in errors:
         print(f"error: {error}", file=sys.stderr)

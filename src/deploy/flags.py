@@ -48,6 +48,10 @@ FLAGS_OF_MODES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "format": (("predict",), "(text, csv, json) is the form of the answers"),
     "single": (("predict",), "takes a picture for one digit"),
+    "device": (
+        tuple(mode for mode in MODES if mode not in (*EXPORTS, *WEIGHTS)),
+        "is where the network computes",
+    ),
     "index": (("attention", "report"), "chooses test images"),
     "seed": (("visualize", "attention", "embeddings", "report"), "draws test images at random"),
     "half": (("onnx",), "is the precision of a file"),
@@ -128,6 +132,8 @@ def _check_combination(args: argparse.Namespace, parser: cli.Parser) -> None:
         raise UserError(f"--half and --quantize {args.quantize} contradict each other: give one")
     if args.mode == "predict" and args.image is None:
         raise UserError("--mode predict: name the pictures to read with --image FILE")
+    if args.mode == "attention" and args.index and "seed" in parser.given:
+        raise UserError("--seed draws test images and --index names them: give one")
     if args.index and len(args.index) > MAX_INDICES:
         raise UserError(f"--index names {len(args.index)} images, expected at most {MAX_INDICES}")
 

@@ -70,6 +70,8 @@ def read_each(
 
 
 def _read_stdin() -> io.BytesIO:
+    if sys.stdin is None:
+        raise UserError("image on stdin: stdin is closed")
     content = sys.stdin.buffer.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise UserError(f"image on stdin is larger than {MAX_BYTES // 2**20} MB: scale it down")

@@ -187,3 +187,5 @@ def test_projections_keep_classes_apart_and_repeat():
         spread = np.abs(groups - centres).max()
         assert min(np.linalg.norm(centres[i] - centres[i - 1]) for i in range(3)) > spread, name
         assert np.array_equal(again[name], points), name
+    for points in explain.project(np.ones((60, 8))).values():  # a network that tells nothing apart
+        assert points.shape == (60, 2) and not points.any()

@@ -54,6 +54,11 @@ def test_a_symbolic_link_stays_and_the_file_that_it_points_to_is_replaced(tmp_pa
     for text in ("old", "new"):
         files.write_text(link, text)
         assert link.is_symlink() and file.read_text() == text
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for use in (files.check_writable, lambda path: files.write_text(path, "new")):
+        with pytest.raises(UserError, match="cannot be written: "):
+            use(loop / "file")
 
 
 def test_an_interrupt_waits_for_files_that_belong_together(tmp_path):

@@ -83,6 +83,16 @@ def test_what_the_user_has_set_stays_and_processes_share_the_cores(start_script)
         assert result(start_script(SCRIPTS[0], **given)).out.split() == found
 
 
+def test_pytorch_takes_no_more_threads_than_a_containers_quota(tmp_path):
+    code = "import os, pathlib; os.sched_getaffinity = lambda _: set(range(8));"
+    code += "pathlib.Path.read_text = lambda *_: '200000 100000';"
+    code += "import common.startup; print(os.environ.get('OMP_NUM_THREADS'))"
+    for given, threads in (({}, "2"), ({"LOCAL_WORLD_SIZE": "2"}, "1")):
+        variables = environment(PYTHONPATH=str(ROOT / "src"), **given)
+        command = [sys.executable, "-c", code]
+        assert subprocess.check_output(command, env=variables, text=True) == f"{threads}\n"
+
+
 # ---- Ctrl-C and a reader who has gone ------------------------------------------------------------
 
 

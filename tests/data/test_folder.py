@@ -114,7 +114,7 @@ def test_a_run_of_one_epoch_goes_on_with_its_cache_and_its_split_is_known(comple
     assert "note: the average of the weights" in result.err and "98%" in result.err  # 0.995^5
     result = complete("--resume", "--epochs", 2)
     assert "reading" not in result.err and not caches(folder)
-    infer = ("--mode", "onnx", "--data_dir", folder, "--device", "cpu")
+    infer = ("--mode", "onnx", "--data_dir", folder)
     result = run(inference.main, *infer)
     assert result.status == 0 and "not measured" not in result.err, result.err
     (folder / "disc" / "0.png").unlink()
@@ -470,6 +470,26 @@ def test_folders_and_files_that_cannot_be_read_are_named():
             load_folder(root, cache_dir=root / "here")
 
 
+def test_a_part_without_classes_is_left_out_and_told(shapes, capsys):
+    """As competitions give images to test: without labels."""
+    for name in CLASSES:
+        (shapes / "train").mkdir(exist_ok=True)
+        (shapes / name).rename(shapes / "train" / name)
+    (shapes / "test").mkdir()
+    Image.new("RGB", (9, 9)).save(shapes / "test" / "0.png")
+    assert sum(sizes(load_folder(shapes))) == 18
+    assert "folders that are not a class's: test/\n" in capsys.readouterr().err
+
+
+def test_one_name_written_in_two_ways_is_one_class(shapes):
+    (shapes / "disc").rename(shapes / "caf\u00e9")
+    in_parts(shapes)
+    for part, name in (("train", "caf\u00e9"), ("val", "cafe\u0301"), ("test", "cafe\u0301")):
+        (shapes / part / "disc").rename(shapes / part / name)
+    data = load_folder(shapes)
+    assert data.class_names == ("caf\u00e9", "cross", "square") and sizes(data) == [9, 9, 9]
+
+
 def test_without_a_place_for_a_cache_the_images_stay_in_memory(shapes, tmp_path, capsys):
     expected = load_folder(shapes)
     array = next(path for path in caches(shapes) if path.suffix == ".npy")
@@ -515,6 +535,19 @@ def test_a_file_that_kills_its_reader_is_left_out(shapes, monkeypatch, capsys):
     monkeypatch.setattr(decode, "PROGRAM", "raise SystemExit(1)")
     with pytest.raises(RuntimeError, match="a process that reads images has ended"):
         load_folder(shapes, img_size=16)
+
+
+def test_a_file_that_could_not_be_opened_is_tried_again(shapes, monkeypatch, capsys):
+    program = "from data import decode as d; whole = d.decode\n"
+    program += "def tried(path, **how):\n"
+    program += "  if path.endswith('disc/3.png'): raise d.UserError('cannot be read: Stale')\n"
+    program += "  return whole(path, **how)\nd.decode = tried\n"
+    before, serve = decode.PROGRAM.rsplit(";", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(decode, "PROGRAM", f"{before}\n{program}{serve.strip()}")
+        assert sum(sizes(load_folder(shapes))) == 17
+    assert "  disc/3.png cannot be read: Stale\n" in capsys.readouterr().err
+    assert sum(sizes(load_folder(shapes))) == 18 and capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="asks Linux for the processes")
@@ -638,6 +671,11 @@ ERRORS = {
     ),
     "all of 1x1": (dots, "", "has images none of which can be used"),
     "parts without classes": (in_parts_alone, "", "has images right in its test, train: expected"),
+    "images to test beside classes": (
+        lambda f: (f / "disc").rename(f / "test"),
+        "",
+        "has images right in its test: expected a folder for each class",
+    ),
     "class only in test": (
         lambda f: in_parts(f, more="test"),
         "",

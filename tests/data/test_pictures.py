@@ -1,6 +1,7 @@
 """Pictures of any kind become images of a data set: upright, of one size, with what they show."""
 
 import io
+import struct
 import subprocess
 import sys
 
@@ -143,6 +144,17 @@ def test_a_picture_on_its_side_is_turned_as_its_file_says():
             assert seen.size == (60, 40)
             pixels = prepare(seen, 32, 1, "stretch")[0]
             assert pixels[:, :12].max() < 20 and pixels[:, 20:].min() > 235
+
+
+def test_a_picture_with_damaged_data_about_it_is_read_all_the_same():
+    noise = Image.fromarray(NOISE)
+    for kind in ("PNG", "WEBP"):
+        seen = through_file(noise, kind, exif=b"no EXIF", lossless=True)
+        assert (np.asarray(seen) == NOISE).all()
+    rows = (0x0112, 3, 1, b"\0\6\0\0"), (0x0128, 2, 4, b"cm?\0")  # turned; no number for a unit
+    rows = b"".join(struct.pack(">HHI4s", *row) for row in rows)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + rows + bytes(4)
+    assert through_file(Image.new("RGB", (60, 40)), "JPEG", exif=exif).size == (40, 60)
 
 
 # ----------------------------------------------------------------------------------------- limits

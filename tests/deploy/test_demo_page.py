@@ -231,6 +231,68 @@ def test_undo_takes_back_the_last_stroke(page):
     assert "Draw a digit first" in page.text("#words") and not page.find("#undo").is_enabled()
 
 
+def test_an_example_can_be_undone_and_drawn_on(page):
+    page.find_all("#examples button")[4].click()
+    page.wait(lambda: page.text("#digit") == "4" and page.script("return strokes.length") == 2)
+    page.find("#undo").click()
+    page.draw(FOUR[1])
+    assert page.script("return strokes.length") == 2
+
+
+def test_a_palm_beside_the_pen_draws_nothing(page):
+    page.script(
+        "drawing.setPointerCapture = () => {};"  # which knows real pointers alone
+        "const { left, top } = drawing.getBoundingClientRect();"
+        "const send = (type, pointerId, x) => drawing.dispatchEvent(new PointerEvent(type,"
+        " { pointerId, isPrimary: true, button: 0, clientX: left + x, clientY: top + x }));"
+        "send('pointerdown', 11, 50); send('pointerdown', 12, 200); send('pointermove', 12, 210);"
+        "send('pointermove', 11, 60); send('pointerup', 12, 210); send('pointerup', 11, 60);"
+    )
+    assert page.script("return strokes.map((stroke) => stroke.length)") == [2]
+
+
+@served
+def test_the_page_comes_to_life_when_the_server_does(page):
+    page.script(
+        "const ask = fetch; let failures = 1; [classNames, words] = [[], {}];"
+        "window.fetch = (path, ...more) =>"
+        " path === 'model' && failures-- > 0 ? Promise.reject() : ask(path, ...more);"
+        "showModel();"
+    )
+    page.wait(lambda: "Is demo.py still running?" in page.text("#words"))
+    ready = page.script("return classNames.length")
+    assert not ready
+    page.script("strokes = [[[0.54, 0.18], [0.47, 0.82]]]; askAboutDrawing(0);")
+    page.wait(lambda: page.text("#digit") == "1")
+
+
+@served
+def test_a_stroke_while_a_picture_is_opened_begins_a_drawing(page):
+    page.script(
+        "const open = createImageBitmap;"
+        "window.createImageBitmap = (file) => new Promise((opened) => { window.go = () =>"
+        " opened(open(file)); });"
+    )
+    page.upload("number.png", NUMBER)
+    page.wait(lambda: page.script("return Boolean(window.go)"))
+    page.draw(ONE)
+    page.script("window.go();")
+    page.browser.execute_async_script("setTimeout(arguments[0], 300)")
+    assert page.text("#digit") == "1" and page.script("return upload === null")
+
+
+@served
+def test_a_picture_that_only_the_browser_can_read_is_sent_as_png(page):
+    kinds = page.browser.execute_async_script(
+        "const done = arguments[0], canvas = new OffscreenCanvas(30, 20); canvas.getContext('2d');"
+        "canvas.convertToBlob().then(async (png) => {"
+        " const image = await createImageBitmap(png);"
+        " const avif = new File([png], 'x', { type: 'image/avif' });"
+        " done([(await fitting(avif, image)).type, await fitting(png, image) === png]); });"
+    )
+    assert kinds == ["image/png", True]
+
+
 def test_every_example_is_surely_read_as_what_it_shows(page):
     buttons = page.find_all("#examples button")
     assert len(buttons) == 10

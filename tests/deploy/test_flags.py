@@ -57,6 +57,8 @@ def test_flags_are_answered_before_pytorch_is_imported(script):
         ("--mode evaluate --quantize int8", "evaluate --quantize --mode onnx"),
         ("--mode visualize --raw_input", "visualize --raw_input onnx torch_export"),
         ("--mode safetensors --data_dir x", "safetensors --data_dir names a data set"),
+        ("--mode onnx --device cpu", "onnx --device where the network computes"),
+        ("--mode attention --index 3 --seed 1", "--seed --index give one"),
         ("--mode timm --half", "timm --half --mode onnx"),
         ("--mode safetensors --output x.pt", "x.pt safetensors ends in .safetensors"),
         ("--mode timm --output x.onnx", "x.onnx timm ends in .pth or .pt or .safetensors"),

@@ -7,6 +7,7 @@ const SENT_SIDE = 300; // pixels of the drawing as it is read, on every screen
 const MARGIN = 10; // of them on each side stay white, so that what is drawn up to the edge is no printed line
 const LIVE_MS = 100; // from an answer to the next question while a stroke goes on
 const EXAMPLE_MS = 450; // to draw an example's stroke
+const RETRY_MS = 2000; // from a failed question about the model to the next
 // Matplotlib's cividis at equal steps: even steps to the eye, with any colour vision.
 const CIVIDIS = [[0, 34, 78], [26, 56, 111], [67, 78, 108], [97, 101, 111], [125, 124, 120],
                  [155, 148, 118], [188, 174, 108], [222, 201, 88], [254, 232, 56]];
@@ -102,6 +103,7 @@ function undo() {
   if (pen !== null) return;
   if (upload || strokes.length < 2) return clear();
   sheet++; // an example that is being drawn ends
+  finished = false; // and can be drawn on
   strokes.pop();
   redraw();
   askAboutDrawing(performance.now());
@@ -121,6 +123,7 @@ async function showAnswerTo(question, since, final = true) {
   open--;
   answeredAt = performance.now();
   if (number <= shown || (answer.error && !final)) return;
+  if (!classNames.length && !answer.error) return; // showModel asks again
   shown = number;
   if (answer.error) {
     if (upload) { [upload, finished] = [null, false]; redraw(); }
@@ -304,7 +307,10 @@ function adapt({ image_size: size, preparation }) {
 
 async function showModel() {
   const model = await reader.describe();
-  if (model.error) return showNothing(model.error, true);
+  if (model.error) {
+    showNothing(model.error, true);
+    return setTimeout(showModel, RETRY_MS);
+  }
   [classNames, words] = [model.class_names, model.words];
   if (!readsDigits()) adapt(model);
   const bars = readsDigits() ? classNames : classNames.slice(0, MOST_BARS);
@@ -317,7 +323,8 @@ async function showModel() {
   }));
   element("about").textContent = `The model: ${model.parameters.toLocaleString("en")} parameters, trained on ` +
     `${model.dataset.replace(/^mnist$/, "MNIST")}, ${model.validation.toFixed(2)} % right in validation. ${reader.note}`;
-  clear();
+  if (strokes.length) askAboutDrawing(performance.now()); // drawn meanwhile
+  else clear();
 }
 
 // ---- mouse, finger, pen -------------------------------------------------------------------------
@@ -328,7 +335,7 @@ function place(event) {
 }
 
 drawing.addEventListener("pointerdown", (event) => {
-  if (!event.isPrimary || event.button !== 0 || takesPictures()) return;
+  if (pen !== null || event.button !== 0 || takesPictures()) return; // one pen: not the palm beside it
   if (finished) clear();
   drawing.setPointerCapture(event.pointerId);
   pen = event.pointerId;
@@ -344,7 +351,7 @@ drawing.addEventListener("pointermove", (event) => {
   if (!open && performance.now() - answeredAt > LIVE_MS) askAboutDrawing(performance.now(), false);
 });
 
-for (const end of ["pointerup", "pointercancel"]) {
+for (const end of ["pointerup", "pointercancel", "lostpointercapture"]) {
   drawing.addEventListener(end, (event) => {
     if (event.pointerId !== pen) return;
     pen = null;
@@ -396,23 +403,25 @@ for (const button of document.querySelectorAll("#examples button")) {
 async function readFile(file) {
   const since = performance.now();
   clear();
+  finished = true; // a stroke meanwhile begins a drawing in its place
   if (!reader.readPicture) return showNothing(element("photos").textContent, true);
   const mine = sheet;
   const image = await createImageBitmap(file).catch(() => null); // the server may know more formats
   const body = image ? await fitting(file, image) : file;
   if (sheet !== mine) return;
   if (body.size > MAX_MB * 2 ** 20) {
-    return showNothing(`This file has ${Math.round(file.size / 2 ** 20)} MB, expected at most ${MAX_MB} MB.`, true);
+    return showNothing(`This file has ${Math.ceil(file.size / 2 ** 20)} MB, expected at most ${MAX_MB} MB.`, true);
   }
-  [upload, finished] = [{ name: file.name, image }, true];
+  upload = { name: file.name, image };
   redraw();
   await showAnswerTo(reader.readPicture(body), since);
 }
 
-/** The file, or in place of a large one its image in MAX_SIDE pixels, as a PNG file. */
+/** The file, or in place of a large one, or one that the server can't read, its image in MAX_SIDE pixels as a PNG file. */
 async function fitting(file, image) {
   const scale = Math.min(1, MAX_SIDE / Math.max(image.width, image.height));
-  if (scale === 1 && file.size <= MAX_MB * 2 ** 20) return file;
+  const isRead = /^image\/(png|jpeg|gif|bmp|tiff|webp)$/.test(file.type);
+  if (scale === 1 && file.size <= MAX_MB * 2 ** 20 && isRead) return file;
   const canvas = new OffscreenCanvas(Math.ceil(image.width * scale), Math.ceil(image.height * scale));
   const context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
