@@ -358,9 +358,9 @@ def run_together(count: int, folder: str, *command: object) -> int:
             time.sleep(0.05)
             failed = failed or [rank for rank in range(count) if processes[rank].returncode]
             if failed and deadline is None:
-                usage = processes[failed[0]].returncode == 2  # it has said why, the others wait
-                deadline = time.monotonic() + (0 if usage else PATIENCE)
-            if deadline and time.monotonic() > deadline:
+                deadline = time.monotonic() + PATIENCE
+            said = processes[0].returncode == 2  # why; the others may wait for it
+            if said or (deadline and time.monotonic() > deadline):
                 break
     finally:
         for process in processes:

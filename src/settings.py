@@ -248,7 +248,7 @@ class Options:
     recipe: str = recipe_flag(
         "article",
         "a set of flags, from recipes.py: article, as published; fast, the least time to 99 %%; "
-        "best, the highest accuracy in 20 minutes; robust, in 45 minutes, also for images that "
+        "best, the highest accuracy in 30 minutes; robust, in 45 minutes, also for images that "
         "differ a little; cifar, for small colour photos; flags given beside it win",
         choices=tuple(RECIPES),
     )
@@ -395,7 +395,7 @@ def validated(flag: Field, value: Any) -> Any:
     is_switch = flag.default is False
     if value is flag.default or (is_switch and value is True):
         return value
-    if is_switch or type(value) not in (int, float, str):
+    if is_switch or type(value) not in (int, float, str) or "\0" in str(value):
         raise ValueError(f"its {flag.name} is no value for --{flag.name}")
     try:
         value = flag.metadata["type"](str(value))

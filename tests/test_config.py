@@ -127,6 +127,7 @@ def run_with(**changes: object) -> str:
         ("x.toml", "pool = 'max'", "its pool is none of cls, mean"),
         ("x.toml", "epochs = true", "its epochs is no value for --epochs"),
         ("x.toml", "no_decay = 1", "its no_decay is no value for --no_decay"),
+        ("x.toml", 'save_dir = "a\\u0000b"', "its save_dir is no value for --save_dir"),
         ("x.toml", "lr = [0.1]", "its lr is no value for --lr"),
         ("x.toml", "[model]\ndepth = 1", "unknown flags: model; see --help"),
         ("x.toml", "epohcs = 1\nfoo = 2", "unknown flags: epohcs, foo; did you mean epochs?"),

@@ -463,6 +463,7 @@ def test_numbers_out_of_all_bounds_end_the_run_and_keep_the_best_model(run, comp
     ):
         result = run(train.main, *DESCENT, *flags.split(), "--epochs", 3)
         assert_one_error_line(result, words, "lower learning rate")
+        assert "--resume" not in result.err  # it would continue the run before
         assert BEST.read_bytes() == before
 
 

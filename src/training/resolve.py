@@ -3,10 +3,10 @@
 Needs no PyTorch.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
@@ -59,7 +59,7 @@ def _has_classes(folder: str) -> bool:
     from data.listing import list_images  # slow: it imports NumPy
 
     try:
-        return not Path(folder, "MNIST").is_dir() and bool(list_images(folder).files)
+        return not os.path.isdir(os.path.join(folder, "MNIST")) and bool(list_images(folder).files)
     except UserError:  # whoever reads the data set there says what is wrong
         return False
 

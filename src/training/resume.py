@@ -7,6 +7,7 @@ and writes stand in a file beside them, which counts only where it was written.
 """
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -80,10 +81,12 @@ def save_last(
         (folder / PREVIOUS).unlink(missing_ok=True)
 
 
-def command_to_continue(options: Options, last_path: Path, processes: int) -> str:
-    """The command that continues a run, with the flags about the machine, which are not saved."""
+def command_to_continue(options: Options, last_path: Path, world: World) -> str:
+    """The command that continues a run, with the flags about the machine, which are not saved; of
+    several machines that of one process.
+    """
     launch = "launch.py" if LAUNCH.parent == Path.cwd() else str(LAUNCH)
-    together = ["--nproc", str(processes)] if processes > 1 else []
+    together = ["--nproc", str(world.size)] if 1 < world.size == world.local_size else []
     command = ["python3", launch, *together, "train.py", "--resume", str(last_path)]
     for name in ("device", "compile", "log"):
         if getattr(options, name) != FLAGS[name].default:
@@ -101,10 +104,10 @@ def load_last(path: Path) -> tuple[dict[str, Any], Path]:
     Args:
         path: a file named `*.pt`, or a folder with a `last.pt`.
     """
-    is_folder = path.is_dir() or (not path.exists() and path.suffix != ".pt")
+    is_folder = os.path.isdir(path) or (not os.path.exists(path) and path.suffix != ".pt")
     path = path / LAST if is_folder else path
     previous = path.with_name(PREVIOUS)
-    if not path.exists() and not (path.name == LAST and previous.exists()):
+    if not os.path.exists(path) and not (path.name == LAST and os.path.exists(previous)):
         raise UserError(
             f"there is no {path} to resume: leave --resume out to start a run, or name the "
             f"{LAST} that one has left"
@@ -208,7 +211,7 @@ def check_same_images(saved: SavedRun, dataset: Dataset) -> Dataset:
 
 
 def note_unfinished(folder: Path) -> None:
-    """Say so if a new run in `folder` will replace one that could go on."""
+    """Say so if a run that is not from `folder` will replace one in it that could go on."""
     try:
         state = read_run_state(folder / LAST)
     except UserError:
@@ -217,7 +220,7 @@ def note_unfinished(folder: Path) -> None:
     if done < epochs:
         print(
             f"note: {folder / LAST} holds a run that stopped after {done} of {epochs} epochs; this "
-            "new run will replace it, --resume would continue it",
+            f"run will replace it, --resume {folder / LAST} would continue it",
             file=sys.stderr,
         )
 

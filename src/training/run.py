@@ -5,6 +5,7 @@ touches a gradient. run_files.py says what its files hold.
 """
 
 import math
+import os
 import signal
 import sys
 import time
@@ -59,7 +60,7 @@ def open_run(
     if options.resume is not None:
         source = Path(options.resume) if options.resume else options.save_dir
         if "save_dir" not in given:
-            folder = source if source.is_dir() else source.parent
+            folder = source if os.path.isdir(source) else source.parent
             options = replace(options, save_dir=folder)
         if world.leads:  # the file needn't be on the others' machines
             content, source = resume.load_last(source)
@@ -77,6 +78,8 @@ def open_run(
             yield options, None
         else:
             content, source, given = world.share((content, source, given))
+            if world.leads and source.parent.resolve() != options.save_dir.resolve():
+                resume.note_unfinished(options.save_dir)
             yield resume.go_on(content, source, options, given)
 
 
@@ -185,11 +188,13 @@ class Run:
         if isinstance(error, NotFiniteError):
             self.log.write()
             path = self.files.save_bad_batch(self.epoch, error, self.loaders[0])
+            self.world.share(None)  # none ends before it is written
             numbers = f": {error}" if error.numbers else ""
+            skip = f", or continue with {self._command_to_continue()} --on_nonfinite skip"
             raise UserError(
-                f"step {error.step} of epoch {self.epoch} is not finite{numbers}; "
-                f"its batch is in {path}, the last save is untouched; start again with a lower "
-                "learning rate or --grad_clip, or continue with --resume --on_nonfinite skip"
+                f"step {error.step} of epoch {self.epoch} is not finite{numbers}; its batch is in "
+                f"{path}; start again with a lower learning rate or --grad_clip"
+                f"{'' if self.files.nothing_saved else skip}"
             ) from None
         if isinstance(error, KeyboardInterrupt):
             go_on = f"to continue from the last save: {self._command_to_continue()}"
@@ -285,7 +290,7 @@ class Run:
         if not all(map(math.isfinite, numbers)) or largest > MAX_WEIGHT:
             raise UserError(
                 f"loss, gradient or weights are out of all bounds after epoch {self.epoch}: start "
-                "again with a lower learning rate or --grad_clip; the best model so far is kept"
+                "again with a lower learning rate or --grad_clip; what was saved before is kept"
             )
         row = {
             "epoch": self.epoch,
@@ -321,7 +326,7 @@ class Run:
         )
 
     def _command_to_continue(self) -> str:
-        return resume.command_to_continue(self.options, self.files.paths.last, self.world.size)
+        return resume.command_to_continue(self.options, self.files.paths.last, self.world)
 
     # --------------------------------------------------------------------------------------- end
 

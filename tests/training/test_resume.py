@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ import train
 from common.files import lock_folder
 from saving.checkpoint import load_checkpoint, save_checkpoint
 from training import resume
+from training.resolve import check_data_flags
 from utils import BatchLoader
 
 # 6 steps an epoch.
@@ -106,7 +108,11 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_save_stays(run, complete, fo
     assert result.status == 130
     assert f"from the last save: python3 {ROOT}/launch.py train.py --resume" in result.err
     assert read(LAST)["position"] | {"totals": None} == {"epoch": 1, "step": 0, "totals": None}
-    # A new run says that it replaces an unfinished one, and only that.
+    # A run says that it replaces another, unfinished one, and only that.
+    complete(*TINY, "--epochs", 1, "--save_dir", "other")
+    shutil.copytree("checkpoints", "third")
+    result = complete("--resume", "other/last.pt", "--save_dir", "third", "--epochs", 2)
+    assert "note: third/last.pt holds a run that stopped after 1 of 4 epochs" in result.err
     result = complete(*TINY, "--epochs", 1)
     assert "note: checkpoints/last.pt holds a run that stopped after 1 of 4 epochs" in result.err
     assert complete(*TINY, "--epochs", 1).err == ""
@@ -278,7 +284,8 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_kept(
 
     monkeypatch.setattr(BatchLoader, "_batch", poisoned)
     result = run(train.main, *TINY, "--scheduler_interval", "step")
-    words = "step 3 of epoch 2", "loss nan", "lr 0.00075", "nonfinite.pt", "skip"
+    words = "step 3 of epoch 2", "loss nan", "lr 0.00075", "nonfinite.pt"
+    words += ("train.py --resume checkpoints/last.pt", " --on_nonfinite skip")
     assert_one_error_line(result, *words)
     kept = read("checkpoints/nonfinite.pt")
     assert (kept["epoch"], kept["step"], kept["images"].shape) == (2, 3, (25, 1, 28, 28))
@@ -343,6 +350,8 @@ def test_last_pt_is_a_checkpoint_too_but_no_other_checkpoint_is_a_run(run, stopp
     assert resume.load_last(stopped / "checkpoints")[1] == stopped / LAST
     assert_one_error_line(run(train.main, "--resume"), "there is no checkpoints/last.pt to resume")
     assert_one_error_line(run(train.main, "--resume", "x.pt"), "there is no x.pt to resume")
+    assert_one_error_line(run(train.main, "--resume", "x" * 300), "last.pt to resume")
+    check_data_flags("mnist", {"data_dir": "x" * 300})  # whoever reads it says what is wrong
     assert_one_error_line(run(train.main, "--resume", stopped / BEST), "not the state of a run")
     assert not (tmp_path / "checkpoints").exists()
 
