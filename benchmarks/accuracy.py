@@ -10,7 +10,7 @@ training, see `report.training_flops`; beside them stands their rate in the firs
 of the machine's peak. For MNIST the first time is told in epochs of the plain way (plain.py, fp32),
 too. Both are measured after each run, since a machine's speed changes.
 
-    python benchmarks/accuracy.py --recipe best --dataset folder --data_dir photos --seeds 5
+    python benchmarks/accuracy.py --recipe cifar --dataset folder --data_dir photos --seeds 5
 """
 
 import report  # finds src

@@ -1,7 +1,7 @@
 """Where a run's time goes: from the command to the first step, and the parts of an epoch.
 
-Each start-up is that of a process of its own. The parts are those of two epochs of src/train.py, as
-Python's profiler counts them, which makes a step a little slower.
+Each start-up is that of a process of its own. The parts are those of two epochs of src/train.py on
+whole images, as Python's profiler counts them, which makes a step a little slower.
 """
 
 import report  # finds src
@@ -78,7 +78,16 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--dataset", "mnist", "--data_dir", str(Path(args.data_dir).resolve())]
-        flags += ["--recipe", args.recipe, "--device", args.device, "--save_dir", folder]
+        flags += [
+            "--recipe",
+            args.recipe,
+            "--patch_drop",
+            "0",
+            "--device",
+            args.device,
+            "--save_dir",
+            folder,
+        ]
         flags += ["--output_dir", folder, "--todo_path", str(Path(folder, "TODO.md"))]
         short = [*flags, "--epochs", "1", "--train_samples", "1"]
         for what, command in {

@@ -113,6 +113,7 @@ def test_the_chain_of_commands_from_training_to_export(tmp_path):
         ("--output file/x.png", "file/x.png cannot be written"),
         ("--output picture", "picture .png"),
         ("--output picture.json", "picture.json .png"),
+        ("--output picture.eps", "picture.eps .png .pdf .svg"),
         ("--device foo", "--device foo"),
     ],
 )

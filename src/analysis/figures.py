@@ -38,7 +38,9 @@ matplotlib.rcParams["font.family"] = ["DejaVu Sans", *_east_asian[:1]]
 def check_format(path: Path) -> None:
     """Raise UserError if figures are not written in the format of the name's ending."""
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise UserError(f"{path} names no format of a picture: end it in .png, .pdf or .svg")
+        raise UserError(
+            f"{path}: figures are written as .png, .pdf or .svg; give it one of these endings"
+        )
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -25,9 +25,8 @@ def atomic_write(path: str | Path, keep: str | Path | None = None) -> Iterator[P
     given. So `path` is a complete file, new or old, at any time. Raises UserError if the folder
     or the file can't be written. The old file is still there.
     """
-    path = Path(
-        os.path.realpath(path)
-    )  # a symbolic link is kept, the file that it points to replaced
+    # A symbolic link is kept, the file that it points to replaced.
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{_TEMPORARY}{path.suffix}")
     try:
         _make_room(path)

@@ -108,10 +108,10 @@ def runs_a_script() -> bool:
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 # Several processes of one machine should use every core once, and a container its quota.
-processes = os.environ.get("LOCAL_WORLD_SIZE", "")
-threads = max(1, cores() // max(1, int(processes) if processes.isdecimal() else 1))
-if threads < _allowed():
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+_processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+_threads = max(1, cores() // max(1, int(_processes) if _processes.isdecimal() else 1))
+if _threads < _allowed():
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 # Not where Ctrl-C is ignored, as in a shell's background jobs.
 if runs_a_script() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)

@@ -1,6 +1,13 @@
 """Text that others wrote, such as the names of files, made fit to be shown."""
 
+import unicodedata
+
 
 def printable(text: str) -> str:
     """The text with "?" in place of line breaks, of codes that control a terminal, and the like."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def composed(name: str) -> str:
+    """A name in the one of its ways to be written (NFC) that most systems have."""
+    return unicodedata.normalize("NFC", name)

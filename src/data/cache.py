@@ -23,8 +23,9 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_write, check_writable, read_bytes, write_text
+from data.decode import LASTING
 
-VERSION = 1  # of the files, and of what `decode` and `_arrange` make: raise it when that changes
+VERSION = 2  # of the files, and of what `decode` and `_arrange` make: raise it when that changes
 STEP_BYTES = 2**24  # that are copied or summed at a time
 LEFTOVER_AGE = 86_400  # seconds after which what a killed process was writing is removed
 
@@ -116,6 +117,9 @@ def load(place: Place, num_files: int, img_size: int | None, in_chans: int | Non
             return None
         if index["version"] != VERSION:
             _note(place, "is of another version of this project")
+            return None
+        if not all(isinstance(a, int) or a.startswith(LASTING) for a in index["answers"]):
+            _note(place, "lacks images that could not be read when it was made")
             return None
         # What was found from the images does for who asks for just that.
         sizes = zip((img_size, in_chans), index["sizes"], images.shape[2:0:-1], strict=True)

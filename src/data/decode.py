@@ -31,8 +31,8 @@ MIN_SIDE = 2  # pixels; what is a pixel wide counts visits of a page, and shows 
 DRAFT = 3
 MAX_TOGETHER, BYTES_TOGETHER = 64, 2**20  # files, and their pixels, for which a process is asked
 SRC = Path(__file__).resolve().parents[1]
-# How the reasons begin that lie in a file: another try may not meet the others.
-LASTING = ("cannot be read: damaged", "is too large", "is too small")
+# How the reasons begin that lie in a file itself: another try may not meet the others.
+LASTING = ("cannot be read: damaged", "is too large", "is too small", "ended the process")
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from data import decode; decode.serve()"
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.errors import UserError
 from data import cache
 from data.dataset import SPLIT_SEED, Dataset, Split, pixel_statistics
-from data.decode import LASTING, decode_files
+from data.decode import decode_files
 from data.listing import (
     MAX_NAME,
     PARTS,
@@ -310,8 +310,7 @@ def _read_all(
         # In the spool are only the files that are used.
         order = np.cumsum([isinstance(answer, int) for answer in answers])[order] - 1
         images = spool.images(how["in_chans"] or 3, side, side)[:, :in_chans]
-        kept = all(isinstance(each, int) or each.startswith(LASTING) for each in answers)
-        if place is None or not kept:
+        if place is None:
             return cache.Cached(answers, np.ascontiguousarray(images[order]))
         cache.save(place, answers, images, order, how["img_size"], how["in_chans"])
     try:

@@ -2,14 +2,13 @@
 
 import os
 import stat
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
-from common.text import printable
+from common.text import composed, printable
 from data.pictures import has_image_name
 
 PARTS = ("train", "val", "test")
@@ -24,7 +23,7 @@ class ImageFile(NamedTuple):
 
     path: str  # from the folder on, with "/"
     part: str  # one of PARTS
-    class_name: str  # see `_composed`
+    class_name: str  # see `composed`
     size: int  # bytes
     mtime_ns: int
 
@@ -81,7 +80,7 @@ def _add_part(listing: Listing, part: str, prefix: str) -> None:
     """Add the classes in the folder's `prefix`, a path that ends with "/" or is empty."""
     root = listing.folder / prefix
     inside, loose = _look_into(root)
-    listing.classes[part] = sorted(set(map(_composed, inside)))
+    listing.classes[part] = sorted(set(map(composed, inside)))
     listing.others += [prefix + name for name in loose]
     for class_name in inside:
         if len(class_name) > MAX_NAME or not class_name.isprintable():
@@ -97,12 +96,7 @@ def _add_part(listing: Listing, part: str, prefix: str) -> None:
                 listing.others.append(path + name)
                 continue
             facts = about.st_size, about.st_mtime_ns
-            listing.files.append(ImageFile(path + name, part, _composed(class_name), *facts))
-
-
-def _composed(name: str) -> str:
-    """A name in the one of its ways to be written (NFC) that most systems have."""
-    return unicodedata.normalize("NFC", name)
+            listing.files.append(ImageFile(path + name, part, composed(class_name), *facts))
 
 
 def _look_into(path: Path) -> tuple[list[str], dict[str, os.stat_result | None]]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from common.errors import UserError, is_out_of_memory
 from common.files import read_bytes, write_bytes
+from common.text import composed
 from common.version import VERSION
 from data.catalog import DIGITS, PREPARATIONS
 from saving.archive import RefusedError
@@ -273,7 +274,7 @@ def _check_known(name: str, marks: Any, file_size: int) -> None:
 
 def _validated_description(checkpoint: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says beside its tensors, as far as it is used."""
-    class_names = [_printable(name) for name in list(checkpoint["class_names"])]
+    class_names = [composed(_printable(name)) for name in list(checkpoint["class_names"])]
     if checkpoint["preparation"] not in PREPARATIONS:
         raise ValueError(f"its preparation is none of {', '.join(PREPARATIONS)}")
     if len(class_names) != config["num_classes"]:

@@ -547,6 +547,8 @@ def test_a_file_that_could_not_be_opened_is_tried_again(shapes, monkeypatch, cap
         patched.setattr(decode, "PROGRAM", f"{before}\n{program}{serve.strip()}")
         assert sum(sizes(load_folder(shapes))) == 17
     assert "  disc/3.png cannot be read: Stale\n" in capsys.readouterr().err
+    assert sum(sizes(load_folder(shapes))) == 18
+    assert "lacks images that could not be read when it was made" in capsys.readouterr().err
     assert sum(sizes(load_folder(shapes))) == 18 and capsys.readouterr().err == ""
 
 

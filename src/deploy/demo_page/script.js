@@ -18,7 +18,7 @@ const drawing = element("drawing");
 let invitation = "Draw a digit first: the answer stands here.";
 let hint = "Draw here, or drop a picture";
 let strokes = []; // each a list of points [x, y], 0 to 1
-let upload = null; // a picture's { name, image }, image null where the browser can't show it
+let upload = null; // a picture's { name, image, file }, image null where the browser can't show it
 let digits = []; // read in what stands there
 let selected = 0; // of them, the one whose probabilities are shown
 let finished = false; // an example or upload: the next stroke begins a new drawing
@@ -323,7 +323,8 @@ async function showModel() {
   }));
   element("about").textContent = `The model: ${model.parameters.toLocaleString("en")} parameters, trained on ` +
     `${model.dataset.replace(/^mnist$/, "MNIST")}, ${model.validation.toFixed(2)} % right in validation. ${reader.note}`;
-  if (strokes.length) askAboutDrawing(performance.now()); // drawn meanwhile
+  if (upload) readFile(upload.file); // chosen or drawn meanwhile
+  else if (strokes.length) askAboutDrawing(performance.now());
   else clear();
 }
 
@@ -335,7 +336,8 @@ function place(event) {
 }
 
 drawing.addEventListener("pointerdown", (event) => {
-  if (pen !== null || event.button !== 0 || takesPictures()) return; // one pen: not the palm beside it
+  if (event.button !== 0 || takesPictures()) return;
+  if (pen !== null && event.pointerType !== "pen") return; // the palm beside it
   if (finished) clear();
   drawing.setPointerCapture(event.pointerId);
   pen = event.pointerId;
@@ -412,7 +414,7 @@ async function readFile(file) {
   if (body.size > MAX_MB * 2 ** 20) {
     return showNothing(`This file has ${Math.ceil(file.size / 2 ** 20)} MB, expected at most ${MAX_MB} MB.`, true);
   }
-  upload = { name: file.name, image };
+  upload = { name: file.name, image, file };
   redraw();
   await showAnswerTo(reader.readPicture(body), since);
 }
