@@ -78,17 +78,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--dataset", "mnist", "--data_dir", str(Path(args.data_dir).resolve())]
-        flags += [
-            "--recipe",
-            args.recipe,
-            "--patch_drop",
-            "0",
-            "--device",
-            args.device,
-            "--save_dir",
-            folder,
-        ]
-        flags += ["--output_dir", folder, "--todo_path", str(Path(folder, "TODO.md"))]
+        flags += ["--recipe", args.recipe, "--patch_drop", "0", "--device", args.device]
+        flags += report.all_into(folder)
         short = [*flags, "--epochs", "1", "--train_samples", "1"]
         for what, command in {
             "python src/train.py": [report.SRC / "train.py"],

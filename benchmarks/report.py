@@ -85,13 +85,17 @@ def processor() -> str:
 def train(*flags: object) -> dict[str, Any]:
     """The history of one run of src/train.py with these flags, in folders of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(SRC / "train.py"), *map(str, flags)]
-        command += ["--save_dir", folder, "--output_dir", folder]
-        command += ["--todo_path", str(Path(folder, "TODO.md"))]
+        command = [sys.executable, str(SRC / "train.py"), *map(str, flags), *all_into(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
         return json.loads(Path(folder, "history.json").read_text())
+
+
+def all_into(folder: str) -> list[str]:
+    """The flags with which src/train.py writes all that it writes to one folder."""
+    todo_path = str(Path(folder, "TODO.md"))
+    return ["--save_dir", folder, "--output_dir", folder, "--todo_path", todo_path]
 
 
 def training_flops(history: dict[str, Any]) -> float:

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -45,19 +45,19 @@ def list_images(folder: str | Path) -> Listing:
     """
     listing = Listing(Path(folder))
     inside, files = _look_into(listing.folder)
-    if "train" not in inside or not _look_into(listing.folder / "train")[0]:
+    parts = _with_classes(listing.folder, inside, PART_NAMES)
+    if "train" not in parts:
         _add_part(listing, "train", "")
-        parts = {file.class_name for file in listing.files} & PART_NAMES.keys()
+        mistaken = {file.class_name for file in listing.files} & PART_NAMES.keys()
         # A train beside other classes may be a vehicle.
-        if parts - {"train"} or (parts and set(inside) <= PART_NAMES.keys()):
+        if mistaken - {"train"} or (mistaken and set(inside) <= PART_NAMES.keys()):
             raise UserError(
-                f"{folder} has images right in its {', '.join(sorted(parts))}: expected a folder "
-                "for each class there"
+                f"{folder} has images right in its {', '.join(sorted(mistaken))}: expected a "
+                "folder for each class there"
             )
         return listing
     if "val" in inside and "valid" in inside:
         raise UserError(f"{folder} has both val and valid: rename one of them")
-    parts = [n for n in PART_NAMES if n in inside and _look_into(listing.folder / n)[0]]
     for name in parts:
         _add_part(listing, PART_NAMES[name], f"{name}/")
     listing.others += [*files, *(f"{name}/" for name in inside if name not in parts)]
@@ -70,10 +70,14 @@ def list_labelled(folder: str | Path) -> Listing:
     """
     listing = Listing(Path(folder))
     inside, _ = _look_into(listing.folder)
-    parts = [name for name in ("test", "train") if name in inside]
-    parts = [f"{name}/" for name in parts if _look_into(listing.folder / name)[0]]
-    _add_part(listing, "test", parts[0] if parts else "")
+    parts = _with_classes(listing.folder, inside, ("test", "train"))
+    _add_part(listing, "test", f"{parts[0]}/" if parts else "")
     return listing
+
+
+def _with_classes(folder: Path, inside: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those of `names` that are folders with folders in them; `inside` are all folders there."""
+    return [name for name in names if name in inside and _look_into(folder / name)[0]]
 
 
 def _add_part(listing: Listing, part: str, prefix: str) -> None:

@@ -39,19 +39,18 @@ EXPORTS, WEIGHTS = ("onnx", "torch_export"), ("safetensors", "timm")
 ENDINGS = {"report": (".html",), "webpage": (".html",), "safetensors": (".safetensors",)}
 ENDINGS["timm"] = (".pth", ".pt", ".safetensors")
 
+
+def _all_but(*modes: str) -> tuple[str, ...]:
+    return tuple(mode for mode in MODES if mode not in modes)
+
+
 # A flag that would change nothing in a mode is refused there.
 FLAGS_OF_MODES: dict[str, tuple[tuple[str, ...], str]] = {
     "image": (("predict",), "names pictures to answer"),
-    "data_dir": (
-        tuple(mode for mode in MODES if mode not in ("predict", *WEIGHTS)),
-        "names a data set",
-    ),
+    "data_dir": (_all_but("predict", *WEIGHTS), "names a data set"),
     "format": (("predict",), "(text, csv, json) is the form of the answers"),
     "single": (("predict",), "takes a picture for one digit"),
-    "device": (
-        tuple(mode for mode in MODES if mode not in (*EXPORTS, *WEIGHTS)),
-        "is where the network computes",
-    ),
+    "device": (_all_but(*EXPORTS, *WEIGHTS), "is where the network computes"),
     "index": (("attention", "report"), "chooses test images"),
     "seed": (("visualize", "attention", "embeddings", "report"), "draws test images at random"),
     "half": (("onnx",), "is the precision of a file"),

@@ -52,6 +52,10 @@ class SavedRun:
         """Epochs done."""
         return self.content["position"]["epoch"]
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether its file lies there."""
+        return self.path.resolve().parent == folder.resolve()
+
     @property
     def fingerprint(self) -> str:
         return self.content["run"]["fingerprint"]

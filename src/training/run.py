@@ -72,15 +72,13 @@ def open_run(
             check_package()
     folder_lock = lock_folder(options.save_dir) if world.leads else nullcontext()
     with folder_lock, joined(world, device):
-        if options.resume is None:
-            if world.leads:
-                resume.note_unfinished(options.save_dir)
-            yield options, None
-        else:
+        saved = None
+        if options.resume is not None:
             content, source, given = world.share((content, source, given))
-            if world.leads and source.parent.resolve() != options.save_dir.resolve():
-                resume.note_unfinished(options.save_dir)
-            yield resume.go_on(content, source, options, given)
+            options, saved = resume.go_on(content, source, options, given)
+        if world.leads and not (saved and saved.is_in(options.save_dir)):
+            resume.note_unfinished(options.save_dir)
+        yield options, saved
 
 
 @dataclass

@@ -79,10 +79,10 @@ class RunFiles:
         images = b"" if marks is None else marks.numpy().tobytes()
         self.run["fingerprint"] = saved.fingerprint if saved else fingerprint(self.run, images)
         self.best: dict[str, Any] = {"epoch": 0, "acc": -1.0}
-        is_here = saved and saved.path.resolve().parent == options.save_dir.resolve()
+        is_here = saved is not None and saved.is_in(options.save_dir)
         self.nothing_saved = not is_here
         # Not an earlier run's; nor a damaged one, which would take the place of last.prev.pt.
-        self.keeps_last = bool(is_here and saved.path.name != PREVIOUS)
+        self.keeps_last = is_here and saved.path.name != PREVIOUS
         settings = {
             "recipe": options.recipe,
             **asdict(self.settings),

@@ -419,7 +419,7 @@ async function readFile(file) {
   await showAnswerTo(reader.readPicture(body), since);
 }
 
-/** The file, or in place of a large one, or one that the server can't read, its image in MAX_SIDE pixels as a PNG file. */
+/** The file, or in place of one that is too large, or that the server can't read, a PNG file of at most MAX_SIDE pixels. */
 async function fitting(file, image) {
   const scale = Math.min(1, MAX_SIDE / Math.max(image.width, image.height));
   const isRead = /^image\/(png|jpeg|gif|bmp|tiff|webp)$/.test(file.type);
