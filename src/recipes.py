@@ -78,6 +78,7 @@ RECIPES["robust"] = RECIPES["best"] | {
     "translate": 0.12,
     "scale": 0.35,
     "stroke": 0.25,
+    "serif": 0.2,
     "marks": 0.4,
     "background": 0.35,
     "light": 0.4,

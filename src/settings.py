@@ -159,6 +159,7 @@ class Settings:
         0, "this many changes to each image, drawn from fourteen (RandAugment)", integer(0, 14)
     )
     stroke: float = share_flag("share of images with thicker or thinner strokes, or outlines")
+    serif: float = share_flag("share of images whose straight strokes get a flag, as a 1 often has")
     marks: float = share_flag("share of images under foreign strokes or a rectangle of any shade")
     background: float = share_flag("share of images with uneven light behind them")
     light: float = share_flag("share of images with less contrast, other brightness and gamma")
@@ -166,7 +167,7 @@ class Settings:
     rand_conv: float = share_flag("share of images with a random convolution mixed in (RandConv)")
     blur: float = share_flag("share of images blurred or sharpened")
     noise: float = share_flag("share of images with normal noise, shot noise or impulses")
-    keep_clean: float = share_flag("share of images left alone by the eight above")
+    keep_clean: float = share_flag("share of images left alone by the nine above")
     augmix: float = share_flag("share of the others mixed from several changed ones (AugMix)")
 
     mixup: float = mixing_flag(

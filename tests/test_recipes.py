@@ -31,8 +31,8 @@ grad_clip [0, inf) ema_decay [0, 1) mlp_ratio (0, 1000) dropout [0, 1) rotate [0
 translate [0, 1) scale [0, 1) shear [0, 90) elastic [0, 28) erase [0, 1)
 layer_decay (0, 1.0]
 hflip [0, 1) patch_drop [0, 1) color_jitter [0, 1)
-stroke [0, 1) marks [0, 1) background [0, 1) light [0, 1) invert [0, 1) rand_conv [0, 1)
-blur [0, 1) noise [0, 1) keep_clean [0, 1) augmix [0, 1)
+stroke [0, 1) serif [0, 1) marks [0, 1) background [0, 1) light [0, 1) invert [0, 1)
+rand_conv [0, 1) blur [0, 1) noise [0, 1) keep_clean [0, 1) augmix [0, 1)
 mixup [0, inf) cutmix [0, inf) val_split (0, 1) test_split (0, 1)
 """
 NOTHING = object()

@@ -45,9 +45,10 @@ class Augment:
         color_jitter: the factors of brightness, contrast and saturation, applied in this order, are
             each uniform in [1 - color_jitter, 1 + color_jitter]; below 1.
         rand_augment: so many changes to each image, drawn from those of rand_augment.py.
-        stroke, marks, background, light, invert, rand_conv, blur, noise: the probability that an
-            image meets one of this family's changes, of a strength that is drawn; see disturb.py.
-        keep_clean: the share of images that meets none of these eight.
+        stroke, serif, marks, background, light, invert, rand_conv, blur, noise: the probability
+            that an image meets one of this family's changes, of a strength that is drawn; see
+            disturb.py.
+        keep_clean: the share of images that meets none of these nine.
         augmix: the share of the others that are mixtures of versions, which meet them each on its
             own.
     """
@@ -63,6 +64,7 @@ class Augment:
     color_jitter: float = 0.0
     rand_augment: int = 0
     stroke: float = 0.0
+    serif: float = 0.0
     marks: float = 0.0
     background: float = 0.0
     light: float = 0.0

@@ -24,8 +24,9 @@ from data.light import (
     stripe,
     uneven,
 )
-from data.pen import draw_strokes, outline, path, thicken, thin
+from data.pen import draw_strokes, outline, path, straight_stroke, thicken, thin
 
+STRAIGHT = 0.08  # below it straight_stroke's answer means a straight stroke: 95 % of MNIST's 1s are
 CHAINS = 3  # that --augmix mixes
 STROKES, POINTS = 6, 40  # foreign strokes drawn over an image at most; dots that make up one
 
@@ -50,6 +51,28 @@ class Draw(NamedTuple):
 # ----------------------------------------------------------------------- a kind with its strengths
 
 
+def _dense_ink(length: Tensor, spread: Tensor) -> Tensor:
+    """Each dot's ink in strokes (n, M): (n, M, POINTS). Where the dots lie dense, each has less, so
+    that a stroke is as wide as its pen.
+    """
+    return ((length / spread + 2.5) / POINTS).unsqueeze(2).expand(-1, -1, POINTS)
+
+
+def flag(images: Tensor, draw: Draw) -> Tensor:
+    """A stroke from the upper end down to the left, of 10 to 35 % of the image's side, where the
+    image shows one straight stroke: so many hands write a 1. Both are 25 to 60 degrees apart; more
+    would make a 7. Other images stay.
+    """
+    width, end, way = straight_stroke(images)
+    spread, length = draw(0.6, 1.1, 1), images.shape[-1] * draw(0.1, 0.35, 1)
+    angle = way.unsqueeze(1) + draw(math.radians(25), math.radians(60), 1)
+    middle = end.unsqueeze(1) + length.unsqueeze(2) / 2 * torch.stack((angle.cos(), angle.sin()), 2)
+    none, period = torch.zeros_like(length), torch.ones_like(length)
+    points = path(middle, angle, length, draw(-0.1, 0.1, 1) * length, none, period, POINTS)
+    ink = _dense_ink(length, spread) * (width < STRAIGHT).view(-1, 1, 1)
+    return draw_strokes(images, points, ink, spread, images.amax(dim=(2, 3)).unsqueeze(1))
+
+
 def scribble(images: Tensor, draw: Draw) -> Tensor:
     """One to six foreign strokes of any shade: spots, lines, arcs and zigzags, a half of them
     dashed or dotted, anywhere.
@@ -61,8 +84,7 @@ def scribble(images: Tensor, draw: Draw) -> Tensor:
     zigzag = draw(-8, 4, STROKES).clamp(min=0)  # none in two of three
     where = draw(0, side - 1, STROKES, 2), draw(0, 2 * math.pi, STROKES)
     points = path(*where, length, bend, zigzag, draw(3, 9, STROKES), POINTS)
-    # Where the dots lie dense, each has less ink, so that a stroke is as wide as its pen.
-    ink = ((length / spread + 2.5) / POINTS).unsqueeze(2)
+    ink = _dense_ink(length, spread)
     along = torch.linspace(0, 1, POINTS, device=images.device) * length.unsqueeze(2)
     dash, gap = draw(3, 9, STROKES, 1), draw(0.2, 1.8, STROKES, 1)
     ink = ink * ((along / dash).remainder(1) < gap)
@@ -135,6 +157,7 @@ FAMILIES: dict[str, dict[str, Callable[[Tensor, Draw], Tensor]]] = {
         "thinner": lambda images, draw: thin(images, draw(0.2, 1)),
         "outline": lambda images, draw: outline(images, draw(0.3, 1), draw()),
     },
+    "serif": {"flag": flag},
     "marks": {"scribble": scribble, "cover": cover},
     "background": {"slope": lit(2), "clouds": lit(3), "small clouds": lit(6)},
     "light": {"dim": dim},

@@ -53,6 +53,33 @@ def outline(images: Tensor, share: Tensor, inside: Tensor) -> Tensor:
     return images.lerp(dilate(images) - core, per_image(share))
 
 
+def straight_stroke(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How straight a stroke each image shows, where its upper end is, and which way it goes on.
+
+    Returns:
+        The variance (B,) of the light across its main axis as a share of that along it, 0 in a
+        line and 1 in a circle; the upper end (B, 2), x and y, the first pixel of half the greatest
+        light; the direction (B,) in radians from there to the middle of the light, y downwards.
+    """
+    side = images.shape[-1]
+    light = images.amax(dim=1)  # (B, S, S)
+    inked = (light >= light.amax(dim=(1, 2), keepdim=True) / 2).flatten(1)
+    first = inked.byte().argmax(dim=1)
+    end = torch.stack((first % side, first // side), dim=1).to(images.dtype)
+    light = light / light.sum(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+    in_columns, in_rows = light.sum(dim=1), light.sum(dim=2)  # (B, S) each
+    pixels = torch.arange(side, device=images.device, dtype=images.dtype)
+    middle = torch.stack((in_columns @ pixels, in_rows @ pixels), dim=1)  # (B, 2)
+    x, y = (pixels - middle.unsqueeze(2)).unbind(dim=1)  # (B, S) each
+    xx, yy = (in_columns * x**2).sum(dim=1), (in_rows * y**2).sum(dim=1)
+    xy = (light * y.unsqueeze(2) * x.unsqueeze(1)).sum(dim=(1, 2))
+    # The eigenvalues of the covariance [[xx, xy], [xy, yy]].
+    mean, half_gap = (xx + yy) / 2, torch.hypot((xx - yy) / 2, xy)
+    width = (mean - half_gap) / (mean + half_gap).clamp(min=1e-6)
+    way = middle - end
+    return width, end, torch.atan2(way[:, 1], way[:, 0])
+
+
 def path(
     middle: Tensor,
     angle: Tensor,

@@ -21,7 +21,8 @@ LEAST_STEPS = 4  # in an epoch of a small folder: a recipe's batches are made sm
 # A run's average of weights spans at most this share of its steps, as the start must not be in it.
 SPAN = 0.25
 # The families of data/disturb.py, which --keep_clean and --augmix are about.
-DISTURBANCES = ("stroke", "marks", "background", "light", "invert", "rand_conv", "blur", "noise")
+DISTURBANCES = ("stroke", "serif", "marks", "background", "light", "invert", "rand_conv")
+DISTURBANCES += ("blur", "noise")
 
 
 def check_data_flags(dataset: str, given: Mapping[str, Any]) -> None:

@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from conftest import MNIST, needs_mnist
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 import data.disturb
 from data.digits import load_digits
-from data.disturb import CHAINS, FAMILIES, Draw, disturb
+from data.disturb import CHAINS, FAMILIES, STRAIGHT, Draw, disturb, flag
+from data.load import load_dataset
+from data.pen import draw_strokes, path, straight_stroke
 from training.resolve import DISTURBANCES
 
 KINDS = {name: change for kinds in FAMILIES.values() for name, change in kinds.items()}
@@ -30,12 +33,24 @@ def images(request) -> Tensor:
     return pieces[:60].float() / 255
 
 
+def straight_strokes(count: int, channels: int) -> Tensor:
+    """A stroke in each image, leaning by up to 30 degrees: (count, channels, 28, 28)."""
+    draw = Draw(count, seeded(0))
+    angle, length = math.pi / 2 + draw(-0.5, 0.5, 1), draw(14, 22, 1)
+    none = torch.zeros_like(length)
+    points = path(draw(12, 15, 1, 2), angle, length, none, none, none + 1, 40)
+    black = torch.zeros(count, channels, 28, 28)
+    return draw_strokes(black, points, none.unsqueeze(2) + 0.5, none + 1, none.unsqueeze(2) + 1)
+
+
 def test_each_family_has_a_flag():
     assert tuple(FAMILIES) == DISTURBANCES
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_kind_draws_for_each_image_and_keeps_to_its_range(images, name):
+    if name == "flag":  # it leaves other images alone
+        images = straight_strokes(60, images.shape[1])
     before = images.clone()
     changed = KINDS[name](images, Draw(60, seeded(1)))
     assert torch.equal(images, before) and changed.shape == images.shape
@@ -44,6 +59,32 @@ def test_a_kind_draws_for_each_image_and_keeps_to_its_range(images, name):
     assert torch.equal(KINDS[name](images, Draw(60, seeded(1))), changed)
     alike = KINDS[name](images[:1].repeat(60, 1, 1, 1), Draw(60, seeded(1)))
     assert len(alike.unique(dim=0)) > 50
+
+
+def test_a_straight_stroke_gets_a_flag_down_to_the_left():
+    images = straight_strokes(300, 1)
+    width, end, way = straight_stroke(images)
+    assert (width < STRAIGHT).all()
+    added = flag(images, Draw(300, seeded(2))) - images
+    assert added.min() > -1e-5
+    added = added[:, 0] * (added[:, 0] > 0.1)
+    pixels = torch.arange(28.0)
+    weight = added.sum(dim=(1, 2))
+    x = (added.sum(dim=1) @ pixels) / weight - end[:, 0]
+    y = (added.sum(dim=2) @ pixels) / weight - end[:, 1]
+    clear = weight > 4  # what a short flag adds beside a wide stroke says little about its angle
+    angle = torch.rad2deg(torch.atan2(y, x) - way)[clear]
+    assert clear.sum() > 150 and angle.min() > 25 and angle.max() < 90
+    assert 40 < angle.mean() < 65
+
+
+@needs_mnist
+def test_of_mnist_the_ones_get_flags_and_hardly_any_other_digit():
+    split = load_dataset("mnist", MNIST).train[:5000]
+    images = split.images.float() / 255
+    changed = (flag(images, Draw(len(images), seeded(2))) != images).flatten(1).any(dim=1).float()
+    ones = split.labels == 1
+    assert changed[ones].mean() > 0.9 and changed[~ones].mean() < 0.01
 
 
 def slow_disturb(images: Tensor, shares: dict, seed: int, keep_clean: float, augmix: float):

@@ -3,13 +3,14 @@
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from data.digits import load_digits
 from data.geometry import erase
-from data.pen import dilate, draw_strokes, erode, outline, path, thicken, thin
+from data.pen import dilate, draw_strokes, erode, outline, path, straight_stroke, thicken, thin
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["grey", "colour"])
@@ -76,6 +77,24 @@ def test_a_thin_line_stays_when_strokes_get_thinner():
     image[..., 2, 1:11] = image[..., 5:7, 1:11] = image[..., 8:11, 1:11] = 1  # 1, 2, 3 pixels wide
     thinner = thin(image, torch.ones(1))[0, 0, :, 5]
     assert thinner.tolist() == [0, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0]
+
+
+def test_how_straight_a_stroke_is_is_as_pixel_by_pixel(images):
+    images = torch.cat((images, torch.zeros_like(images[:1])))
+    width, end, way = straight_stroke(images)
+    for i, image in enumerate(images[:-1].amax(dim=1).double().numpy()):
+        rows, columns = np.indices(image.shape)
+        covariance = np.cov(np.stack((columns.ravel(), rows.ravel())), aweights=image.ravel())
+        across, along = np.linalg.eigvalsh(covariance)
+        assert width[i].item() == pytest.approx(across / along, abs=1e-4)
+        row, column = np.argwhere(image >= image.max() / 2)[0]
+        assert end[i].tolist() == [column, row]
+        middle = np.average(
+            np.stack((columns, rows), axis=-1), axis=(0, 1), weights=image[..., None] * [1, 1]
+        )
+        x, y = middle - (column, row)
+        assert way[i].item() == pytest.approx(math.atan2(y, x), abs=1e-4)
+    assert all(each[-1].isfinite().all() for each in (width, end, way))  # of a black image
 
 
 def test_paths_are_as_point_by_point():
