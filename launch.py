@@ -150,7 +150,10 @@ def look_inside(requirements: list[str], thorough: bool) -> dict:
     cuda = torch.version.cuda
     device = f"no GPU found (built for CUDA {cuda})" if cuda else "built without CUDA"
     if torch.cuda.is_available():
-        device = f"CUDA {cuda} on {torch.cuda.get_device_name(0)}"
+        try:
+            device = f"CUDA {cuda} on {torch.cuda.get_device_name(0)}"
+        except Exception:  # the GPU is another process's alone, or failing
+            device = f"CUDA {cuda} on a GPU that gives no answer"
     packages = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
     is_venv = sys.prefix != sys.base_prefix
     return {**report, "device": device, "packages": packages, "is_venv": is_venv}

@@ -69,11 +69,14 @@ def build_optimizer(
     not a call of a known optimizer, or this refuses its arguments.
     """
     call = parse_call(text, OPTIMIZERS)
-    _refuse_misuse(call, head_lr, no_decay, layer_decay)
+    _refuse_misuse(call, head_lr, layer_decay)
     known, is_muon = signature_of(call.cls).parameters, call.cls is torch.optim.Muon
     filled = {"lr": 0.02 if is_muon else lr, "weight_decay": weight_decay}
     filled = {name: value for name, value in filled.items() if name in known}
     call = Call(call.cls, filled | call.arguments)
+    # What --no_decay spares is AdamW's beside Muon.
+    if no_decay and not (weight_decay if is_muon else call.arguments.get("weight_decay")):
+        raise UserError(f"--no_decay: {call.cls.__name__} has no weight decay here, leave it out")
     groups = _parameter_groups(model, head_lr, no_decay, is_muon, by_layer=layer_decay != 1)
     _set_clipping(groups, call)
 
@@ -129,7 +132,7 @@ def build_optimizer_and_schedule(
     return optimizer, schedule
 
 
-def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool, layer_decay: float) -> None:
+def _refuse_misuse(call: Call, head_lr: float | None, layer_decay: float) -> None:
     """Refuse what PyTorch accepts but this project cannot use, or has no memory for."""
     if call.cls is torch.optim.SparseAdam:
         raise UserError("SparseAdam needs sparse gradients and this model has none: take Adam")
@@ -145,8 +148,6 @@ def _refuse_misuse(call: Call, head_lr: float | None, no_decay: bool, layer_deca
         for flag, is_set in (("head_lr", head_lr is not None), ("layer_decay", layer_decay != 1)):
             if is_set:
                 raise UserError(f"--{flag}: LBFGS takes all parameters as one group, leave it out")
-    if no_decay and "weight_decay" not in signature_of(call.cls).parameters:
-        raise UserError(f"--no_decay: {call.cls.__name__} has no weight decay, leave it out")
 
 
 def _parameter_groups(

@@ -369,9 +369,12 @@ def _flags_of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     flags = {n: v for n, v in run.items() if n not in ("settings", "fingerprint")} | settings
     usual = {name: flag.default for name, flag in FLAGS.items()}
     usual |= RECIPES[run["recipe"]] | dict(DATASET_SETTINGS[run["dataset"]])
+    fitted = {"ema_decay"}  # where not given, to the images or to a trained model: see `resolve`
+    if run["dataset"] == "folder":
+        fitted |= {"batch_size", "patch_size"}
     if flags["init_from"] is not None:
-        del usual["patch_size"], usual["num_heads"]  # where not given, the trained model's
-    return {n: v for n, v in flags.items() if n not in usual or v != usual[n]}
+        fitted |= {"patch_size", "num_heads"}
+    return {n: v for n, v in flags.items() if n in fitted or n not in usual or v != usual[n]}
 
 
 def section_of(flags: "Settings | Options", name: str) -> dict[str, Any]:

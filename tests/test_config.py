@@ -101,9 +101,29 @@ def test_what_a_run_has_from_its_recipe_and_data_set_is_not_said_again(tmp_path)
         stored = to_stored(Options(recipe=recipe), settings, dataset) | {"fingerprint": "0" * 12}
         (tmp_path / "history.json").write_text(json.dumps({"run": stored}))
         flags = read_config(tmp_path / "history.json")
-        fitted = {"patch_size", "hflip"}  # to the images
+        fitted = {"patch_size", "hflip", "ema_decay"}  # to the images
         assert flags.keys() <= {"recipe", "dataset", "erase", *fitted}
         assert resolve(recipe, dataset, flags) == settings
+
+
+@pytest.mark.parametrize(
+    ("dataset", "given", "images"),
+    [
+        ("mnist", {"recipe": "fast", "ema_decay": 0.99, "epochs": 1}, 512),
+        ("folder", {"batch_size": 128}, 100),
+        ("folder", {"patch_size": 7}, 100),
+    ],
+)
+def test_what_was_given_is_given_again_where_the_images_would_change_it(
+    tmp_path, dataset, given, images
+):
+    recipe = given.get("recipe", "article")
+    settings = resolve(recipe, dataset, given, img_size=140, images=images)
+    assert settings != resolve(recipe, dataset, {}, img_size=140, images=images)
+    stored = to_stored(Options(recipe=recipe), settings, dataset) | {"fingerprint": "0" * 12}
+    (tmp_path / "history.json").write_text(json.dumps({"run": stored}))
+    flags = read_config(tmp_path / "history.json")
+    assert resolve(recipe, dataset, flags, img_size=140, images=images) == settings
 
 
 def test_a_setting_from_before_there_was_one_is_off(tmp_path):

@@ -182,6 +182,7 @@ def test_what_is_frozen_is_in_no_group():
         ("LBFGS", {"head_lr": 0.1}, "--head_lr: LBFGS takes all parameters as one group"),
         ("LBFGS", {"layer_decay": 0.1}, "--layer_decay: LBFGS takes all parameters as one group"),
         ("Rprop", {"no_decay": True}, "--no_decay: Rprop has no weight decay"),
+        ("AdamW(weight_decay=0)", {"no_decay": True}, "--no_decay: AdamW has no weight decay"),
     ],
 )
 def test_groups_that_model_or_optimizer_lacks_are_refused(text, flags, message):

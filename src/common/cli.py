@@ -196,7 +196,8 @@ def _run(main: Callable[[], object]) -> None:
         if is_out_of_memory(error):
             advice = "use a smaller network or, in training, a smaller --batch_size"
             _fail(f"out of memory; {advice}", alone=True)
-        if type(error).__name__ != "AcceleratorError":  # PyTorch's
+        of_library = str(error).startswith(("CUDA error", "cuDNN error"))
+        if type(error).__name__ != "AcceleratorError" and not of_library:  # PyTorch's
             raise
         advice = "all saves of a training run are intact: continue it with --resume"
         _fail(f"the GPU failed ({error}); {advice}", 1, alone=True)

@@ -20,5 +20,5 @@ class Stopped(Exception):  # noqa: N818 not an error: all is saved
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the CPU or GPU is out of memory; PyTorch has a RuntimeError for it but on CUDA."""
     names = {kind.__name__ for kind in type(error).__mro__}  # without importing PyTorch
-    words = "DefaultCPUAllocator", "out of memory"
+    words = "DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED"  # the last: cuBLAS
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or any(w in str(error) for w in words)

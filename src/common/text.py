@@ -1,6 +1,10 @@
-"""Text that others wrote, such as the names of files, made fit to be shown."""
+"""Text that others wrote, such as the names of files, made fit to be shown or typed."""
 
+import os
+import shlex
+import subprocess
 import unicodedata
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -11,3 +15,8 @@ def printable(text: str) -> str:
 def composed(name: str) -> str:
     """A name in the one of its ways to be written (NFC) that most systems have."""
     return unicodedata.normalize("NFC", name)
+
+
+def shell_command(words: Sequence[str]) -> str:
+    """A command as it is typed in the system's shell, with quotes where a word needs them."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

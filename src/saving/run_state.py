@@ -128,6 +128,11 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], model: nn.Module
             raise ValueError(f"its optimizer's state has {', '.join(values)}")
         for name, value in values.items():
             values[name] = _validated(value, allowed[index][name])
+    # The saved value decides on which device the step counters go, but the fused step needs them on
+    # the parameters' own; the run may come from a machine without it.
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=False):
+        if "fused" in own:
+            saved["fused"] = own["fused"]
     optimizer.load_state_dict(state)
 
 

@@ -91,8 +91,9 @@ def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[
         best = load_checkpoint(beside)[1]
     except UserError:
         best = None  # it is not there, damaged, or not a run's
+    own = best and best.get("fingerprint") == state["run"]["fingerprint"]
     # One of a later epoch was written just before the stop, and will be written again.
-    if best and ((best["epoch"], best["best_acc"]) == (epoch, acc) or best["epoch"] > epoch):
+    if own and ((best["epoch"], best["best_acc"]) == (epoch, acc) or best["epoch"] > epoch):
         if beside.resolve() != best_path.resolve():
             set_aside(best_path.parent, state)
             _copy(beside, best_path)

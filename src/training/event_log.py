@@ -3,7 +3,6 @@
 TensorBoard draws it while the run goes on, beside the logs of other runs. Nothing is read from it.
 """
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from analysis import explain, figures, model_figures
 from common.distributed import World
 from common.errors import UserError
 from common.files import cannot_write
+from common.text import shell_command
 from data.dataset import as_pictures
 from utils import BatchLoader, Metrics
 from vit_model import ViT
@@ -72,7 +72,7 @@ class EventLog:
                 self._writer = SummaryWriter(folder, purge_step=steps_done + 1)
                 table = "\n".join(["| setting | value |", "|---|---|", *rows])
                 self._writer.add_text("settings", table, steps_done + 1)
-            command = shlex.join(["tensorboard", "--logdir", str(folder.parent)])
+            command = shell_command(["tensorboard", "--logdir", str(folder.parent)])
             print(f"log:      {folder}; to see it: {command}")
 
     def add_step(self, lrs: Sequence[float], loss: Tensor, grad_norm: Tensor) -> None:

@@ -8,7 +8,6 @@ and writes stand in a file beside them, which counts only where it was written.
 
 import json
 import os
-import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 from common.distributed import World
 from common.errors import UserError
 from common.files import write_text
+from common.text import shell_command
 from data.dataset import Dataset
 from data.folder import without_known
 from optimizers.average import WeightAverage
@@ -30,7 +30,7 @@ from saving.run_state import load_optimizer, read_run_state, refusing
 from saving.stored_settings import from_stored
 from settings import FLAGS, Options, Settings
 from training.epoch_sums import EpochSums
-from training.resolve import resolve
+from training.resolve import check_data_flags, resolve
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch.py"
 LAST, PREVIOUS, PATHS_FILE = "last.pt", "last.prev.pt", "last.paths.json"
@@ -53,8 +53,8 @@ class SavedRun:
         return self.content["position"]["epoch"]
 
     def is_in(self, folder: Path) -> bool:
-        """Whether its file lies there."""
-        return self.path.resolve().parent == folder.resolve()
+        """Whether it is the one that goes on there; a copy under another name is not."""
+        return self.path.resolve().parent == folder.resolve() and self.path.name in (LAST, PREVIOUS)
 
     @property
     def fingerprint(self) -> str:
@@ -91,11 +91,12 @@ def command_to_continue(options: Options, last_path: Path, world: World) -> str:
     """
     launch = "launch.py" if LAUNCH.parent == Path.cwd() else str(LAUNCH)
     together = ["--nproc", str(world.size)] if 1 < world.size == world.local_size else []
-    command = ["python3", launch, *together, "train.py", "--resume", str(last_path)]
+    python = "python" if os.name == "nt" else "python3"
+    command = [python, launch, *together, "train.py", "--resume", str(last_path)]
     for name in ("device", "compile", "log"):
         if getattr(options, name) != FLAGS[name].default:
             command += [f"--{name}", getattr(options, name)]
-    return shlex.join(command)
+    return shell_command(command)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -130,12 +131,14 @@ def load_last(path: Path) -> tuple[dict[str, Any], Path]:
 def find_paths(source: Path, run: dict[str, Any], given: dict[str, Any]) -> dict[str, str | Path]:
     """The paths with which the run in `source` goes on, where the command line names none. Raises
     UserError if they are not told, or were told for another folder: this one was moved, or is a
-    stranger's, which must not choose where we write.
+    stranger's, which must not choose where we write; and where a path has no effect.
 
     Args:
         run: what the file says of it; the digits need no `--data_dir`.
         given: the flags that the command line names.
     """
+    if run["dataset"] != "folder":
+        check_data_flags(run["dataset"], given)
     wanted = [name for name in PATHS if name not in given]
     try:
         # Earlier versions did not keep cache_dir.
@@ -215,18 +218,20 @@ def check_same_images(saved: SavedRun, dataset: Dataset) -> Dataset:
 
 
 def note_unfinished(folder: Path) -> None:
-    """Say so if a run that is not from `folder` will replace one in it that could go on."""
-    try:
-        state = read_run_state(folder / LAST)
-    except UserError:
+    """Say so if a run that does not go on in `folder` will replace one in it that could."""
+    for path in (folder / LAST, folder / PREVIOUS):
+        try:
+            state = read_run_state(path)
+        except UserError:
+            continue
+        done, epochs = state["position"]["epoch"], state["run"]["settings"]["epochs"]
+        if done < epochs:
+            print(
+                f"note: {path} holds a run that stopped after {done} of {epochs} epochs; this run "
+                f"will replace it, --resume {folder / LAST} would continue it",
+                file=sys.stderr,
+            )
         return
-    done, epochs = state["position"]["epoch"], state["run"]["settings"]["epochs"]
-    if done < epochs:
-        print(
-            f"note: {folder / LAST} holds a run that stopped after {done} of {epochs} epochs; this "
-            f"run will replace it, --resume {folder / LAST} would continue it",
-            file=sys.stderr,
-        )
 
 
 def restore(

@@ -327,6 +327,8 @@ def stopped(tmp_path_factory) -> Path:
         ("--no_decay", "--no_decay contradicts False"),
         ("--class_weights auto", "--class_weights auto contradicts none"),
         ("--optimizer SGD", "--optimizer SGD contradicts AdamW"),
+        ("--data_dir x", "--data_dir x has no effect: scikit-learn's digits need no files"),
+        ("--cache_dir x", "--cache_dir x has no effect"),
     ],
 )
 def test_a_flag_that_contradicts_the_run_is_refused(run, stopped, flags, words):
@@ -412,6 +414,20 @@ def test_what_a_new_run_finds_cannot_end_it(complete, stopped):
     save_checkpoint(BEST, {**best, "epoch": torch.tensor([1, 2])})
     save_checkpoint(LAST, read(stopped / LAST))
     assert "WARNING: the best model so far" in complete("--resume", "--epochs", 2, *HERE).err
+
+
+def test_a_run_that_another_ones_copied_state_replaces_is_told_and_its_model_kept(complete, folder):
+    folder("run")
+    complete(*TINY, "--epochs", 2, "--seed", 1)
+    copy = LAST.rename(LAST.with_name("first.pt"))
+    complete(*TINY, "--epochs", 2, "--seed", 7)
+    LAST.write_bytes(b"damaged")  # the save before it could still go on
+    told = complete("--resume", copy, "--epochs", 3, *HERE).err
+    assert f"note: {PREVIOUS} holds a run that stopped after 1 of 2 epochs" in told
+    assert "WARNING: the best model so far" in told
+    models = [load_checkpoint(path)[1] for path in (BEST, *Path("checkpoints").glob("*/best*"))]
+    seed, *kept = [model["settings"]["seed"] for model in models]
+    assert seed == history()["settings"]["seed"] == 1 and sorted(kept) == [1, 7]
 
 
 def test_paths_are_not_taken_from_the_file(complete, stopped):
