@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.device import choose_device
+from common.errors import UserError
 from data.catalog import NAMED_SETS
 from data.load import load_dataset
 from plain import PlainWay
@@ -88,6 +89,10 @@ def main() -> None:
     add_flags(parser, ("data_dir", "device"))
     report.add_record(parser)
     args = parser.parse_args()
+    try:
+        flags = shlex.split(args.flags)
+    except ValueError as error:
+        raise UserError(f"--flags {args.flags}: {error}") from None
     device, is_mnist = choose_device(args.device), args.dataset == "mnist"
 
     plain = None
@@ -99,7 +104,7 @@ def main() -> None:
     rows, reached = [], {}
     for epochs in sorted(args.epochs or [resolve(args.recipe, args.dataset, {}).epochs]):
         seeds = tqdm(range(args.seeds), desc=f"{epochs} epochs", leave=False, disable=None)
-        runs = [train(seed, epochs, args, shlex.split(args.flags), plain) for seed in seeds]
+        runs = [train(seed, epochs, args, flags, plain) for seed in seeds]
         test = [run.test for run in runs]
         spread = f" ± {statistics.stdev(test):.2f}" if len(test) > 1 else ""
         mean = Measured(*map(statistics.mean, zip(*runs, strict=True)))

@@ -72,6 +72,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device != "auto" and choose_device(args.device).type != "cpu":
         raise UserError(f"--device {args.device}: this is about the threads of a CPU")
+    if args.one and args.record:
+        raise UserError("--one prints seconds, and no table for --record to keep: give one of them")
     if args.one:
         print(json.dumps(steps(args.one)))
         return

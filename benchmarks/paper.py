@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.errors import UserError
+from common.files import atomic_write, check_writable, write_bytes
 from deploy.digit_image import read_digits
 from deploy.predict import predict
 
@@ -312,7 +313,7 @@ def main() -> None:
     args = parser.parse_args()
     model, checkpoint, split = report.load_reading(args)
     if args.save:
-        args.save.mkdir(parents=True, exist_ok=True)
+        check_writable(args.save / "a picture")
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(args.seed))
 
     def right(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -333,8 +334,9 @@ def main() -> None:
         rows.append([name, *report.with_interval(read_rightly[-1]), str(int(refused.sum()))])
         for content, stem, digit in zip(files, names, digits, strict=True) if args.save else ():
             suffix = ".jpg" if KINDS[name].jpeg else ".png"
-            (args.save / (stem + suffix)).write_bytes(content)
-            Image.fromarray(digit).save(args.save / f"{stem}-read.png")
+            write_bytes(args.save / (stem + suffix), content)
+            with atomic_write(args.save / f"{stem}-read.png") as temporary:
+                Image.fromarray(digit).save(temporary, "PNG")
     rows.append(["**over all**", *report.with_interval(np.concatenate(read_rightly)), ""])
     rows.append(["the digits themselves", *report.with_interval(np.concatenate(themselves)), ""])
     report.publish(

@@ -21,6 +21,7 @@ from torchvision import datasets, transforms
 from common import cli
 from common.device import choose_device
 from common.errors import UserError
+from common.files import read_bytes
 from data.folder import load_folder
 from data.listing import list_images
 from settings import add_flags
@@ -117,7 +118,7 @@ def main() -> None:
             "--data_dir is missing: name a folder with a folder of images for each class"
         )
     for file in list_images(args.data_dir).files:
-        Path(args.data_dir, file.path).read_bytes()
+        read_bytes(Path(args.data_dir, file.path))
     rows = []
     with tempfile.TemporaryDirectory() as cache_dir:
         for way in WAYS:

@@ -371,11 +371,15 @@ def main() -> None:
     device = choose_device(args.device)
     args.checkpoint = str(find_checkpoint(args.checkpoint))
     model, checkpoint = load_checkpoint(args.checkpoint)
+    if args.mode in (*PICTURES, "report"):
+        figures.note_missing_letters(checkpoint["class_names"])
     if args.mode not in EXPORTS + WEIGHTS:
         advice = f": only --mode {', '.join(EXPORTS + WEIGHTS)} serve it"
         check_image_shape(checkpoint, args.checkpoint, advice)
     args.output = args.output or default_output(args.mode, checkpoint["source"])
     check_writable(args.output)
+    if args.output.exists() and args.output.samefile(args.checkpoint):
+        raise UserError(f"--output {args.output} would replace the model itself: name another file")
     trained = f"{checkpoint['dataset']}, epoch {checkpoint['epoch']}"
     validation = f"validation {checkpoint['best_acc']:.2f} %"
     if args.format == "text":  # JSON and CSV stand on stdout alone

@@ -109,7 +109,10 @@ def strangeness(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
     Shape: (B, L, D) -> (B,), on the CPU, where the calibration is.
     """
     white = vectors.cpu().transpose(0, 1) @ calibration["whitening"].float().mT  # (L, B, D)
-    return torch.cdist(white, calibration["centres"]).square().amin(dim=2).sum(dim=0)
+    # By differences: matrix products, taken above 25 images, would round an image's otherwise.
+    exact = "donot_use_mm_for_euclid_dist"
+    distances = torch.cdist(white, calibration["centres"], compute_mode=exact)
+    return distances.square().amin(dim=2).sum(dim=0)
 
 
 def is_strange(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:

@@ -5,7 +5,9 @@ Nothing needs a display. model_figures.py draws a trained model.
 
 import io
 import math
+import sys
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 
 from common.errors import UserError
@@ -46,14 +49,33 @@ def check_format(path: Path) -> None:
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of the name's ending, whole or not at all."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        _draw(figure, temporary, dpi=150)
 
 
 def png(figure: Figure) -> bytes:
     """A figure as the content of a PNG file."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
+    _draw(figure, content, format="png", dpi=110)
     return content.getvalue()
+
+
+def _draw(figure: Figure, to: Path | io.BytesIO, **how) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # see note_missing_letters
+        figure.savefig(to, **how)
+
+
+def note_missing_letters(names: Sequence[str]) -> None:
+    """Say so if names have letters that no font here has: figures show boxes in their place."""
+    fonts = [FT2Font(font_manager.findfont(name)) for name in matplotlib.rcParams["font.family"]]
+    known = set().union(*(font.get_charmap() for font in fonts))
+    missing = sorted({c for name in names for c in label(name) if ord(c) not in known})
+    if missing:
+        print(
+            f"note: no font here has {''.join(missing[:10])}, of the names of classes; pictures "
+            "show boxes in their place: install a font that has, such as Noto Sans CJK",
+            file=sys.stderr,
+        )
 
 
 def one_line(text: str, limit: int) -> str:
@@ -69,9 +91,13 @@ def label(text: str) -> str:
 
 def labels(texts: Sequence[str]) -> list[str]:
     """`label` of each; those that it makes alike are numbered."""
-    short = [label(text) for text in texts]
-    counts = Counter(short)
-    return [name if counts[name] == 1 else f"{name} {i}" for i, name in enumerate(short)]
+    return numbered([label(text) for text in texts])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names that were cut short; those alike get their places, from 0, to tell them apart."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} {i}" for i, name in enumerate(names)]
 
 
 def training_curves(history: dict[str, Any]) -> Figure:

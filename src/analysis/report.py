@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from analysis import figures
 from analysis.explain import Outputs, accuracy_interval, reliability
-from analysis.figures import one_line, score_text
+from analysis.figures import numbered, one_line, score_text
 from analysis.run_files import read_run_files
 from analysis.words import PICTURE, PREPARED, words_for
 from common.files import write_bytes, write_text
@@ -204,9 +204,13 @@ def _results(checkpoint: dict[str, Any], model: ViT, outputs: Outputs, dataset: 
     return Section("Results", tables=[Table(("", "result"), rows)])
 
 
+def _names(class_names: Sequence[str]) -> list[str]:
+    return numbered([one_line(name, 24) for name in class_names])
+
+
 def _listed(class_names: Sequence[str]) -> str:
     """How many classes there are, and the names of the first."""
-    some = ", ".join(one_line(name, 24) for name in class_names[:10])
+    some = ", ".join(_names(class_names)[:10])
     return f"{len(class_names)}: {some}{', ...' if len(class_names) > 10 else ''}"
 
 
@@ -231,8 +235,10 @@ def reliability_text(outputs: Outputs) -> str:
 def _scores_by_class(outputs: Outputs, class_names: Sequence[str]) -> Table:
     images = outputs.confusion.sum(axis=1)
     rows = [
-        (one_line(name, 24), f"{count:,}", *map(score_text, scores))
-        for name, count, scores in zip(class_names, images, outputs.class_scores, strict=True)
+        (name, f"{count:,}", *map(score_text, scores))
+        for name, count, scores in zip(
+            _names(class_names), images, outputs.class_scores, strict=True
+        )
     ]
     return Table(("class", "images", "precision (%)", "recall (%)", "F1 (%)"), rows)
 

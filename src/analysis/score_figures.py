@@ -65,7 +65,7 @@ def confusion(
     fontsize = min(10, 0.75 * 72 * side / len(counts))
     margin = max(text_width(name, fontsize) for name in class_names)
     width = 1.36 * side + 2 * margin + 1.2
-    tile, rows = width / 8 - 0.15, 1 + (len(mistakes["labels"]) > 8)
+    tile, rows = width / 8 - 0.15, min(2, -(-len(mistakes["labels"]) // 8))
     upper_height, lower_height = 0.85 * side + margin + 0.9, rows * (tile + 0.5) + 0.6
     figure = Figure(figsize=(width, upper_height + lower_height + 0.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=[upper_height, lower_height])

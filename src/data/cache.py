@@ -23,7 +23,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_write, check_writable, read_bytes, write_text
-from data.decode import LASTING
+from data.decode import lies_in_the_file
 
 VERSION = 2  # of the files, and of what `decode` and `_arrange` make: raise it when that changes
 STEP_BYTES = 2**24  # that are copied or summed at a time
@@ -118,7 +118,7 @@ def load(place: Place, num_files: int, img_size: int | None, in_chans: int | Non
         if index["version"] != VERSION:
             _note(place, "is of another version of this project")
             return None
-        if not all(isinstance(a, int) or a.startswith(LASTING) for a in index["answers"]):
+        if not all(isinstance(a, int) or lies_in_the_file(a) for a in index["answers"]):
             _note(place, "lacks images that could not be read when it was made")
             return None
         # What was found from the images does for who asks for just that.

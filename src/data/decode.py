@@ -31,8 +31,8 @@ MIN_SIDE = 2  # pixels; what is a pixel wide counts visits of a page, and shows 
 DRAFT = 3
 MAX_TOGETHER, BYTES_TOGETHER = 64, 2**20  # files, and their pixels, for which a process is asked
 SRC = Path(__file__).resolve().parents[1]
-# How the reasons begin that lie in a file itself: another try may not meet the others.
 LASTING = ("cannot be read: damaged", "is too large", "is too small", "ended the process")
+KILLED = "(status -9)"  # by the system, as where memory is short
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from data import decode; decode.serve()"
 
 
@@ -42,6 +42,11 @@ class Picture(NamedTuple):
     hash: int  # 64 bits that tell its bytes from all others
     size: tuple[int, int]  # width and height of the upright picture
     pixels: np.ndarray  # uint8 (C, S, S)
+
+
+def lies_in_the_file(reason: str) -> bool:
+    """Whether another try would meet the same reason why a file can't be used."""
+    return reason.startswith(LASTING) and not reason.endswith(KILLED)
 
 
 def decode(path: str, img_size: int, in_chans: int | None, resize: str) -> Picture:

@@ -1,7 +1,6 @@
 """What a trained model is scored on: its own data set, or a folder of pictures by class."""
 
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def load_test_images(
     """
     class_names = checkpoint["class_names"]
     of_folder = checkpoint["source"] == "folder"
-    if data_dir is None or not (of_folder or is_labelled(data_dir, class_names)):
+    if data_dir is None or not (of_folder or is_labelled(data_dir, checkpoint)):
         dataset = load_own_set(checkpoint, path, data_dir)
         return dataset.name, dataset.test
     name = Path(data_dir).resolve().name
@@ -91,13 +90,18 @@ def load_own_set(
     return without_known(dataset, checkpoint.get("trained_before"))
 
 
-def is_labelled(data_dir: str | Path, class_names: Sequence[str]) -> bool:
-    """Whether a folder has a folder of pictures for any of these classes."""
+def is_labelled(data_dir: str | Path, checkpoint: dict[str, Any]) -> bool:
+    """Whether a folder has a folder of pictures for each class, and is not where the files of the
+    model's own data set are.
+    """
     try:
-        found = list_labelled(data_dir).classes["test"]
+        listing = list_labelled(data_dir)
     except UserError:  # whoever reads the data set there says what is wrong
         return False
-    return not set(found).isdisjoint(class_names)
+    named = NAMED_SETS.get(checkpoint["source"])
+    is_own = named and any(Path(data_dir, file.path).parent.is_dir() for file in named.files)
+    known = not set(listing.classes["test"]).isdisjoint(checkpoint["class_names"])
+    return known or (bool(listing.files) and not is_own)
 
 
 def _read_labelled_digits(data_dir: str | Path, checkpoint: dict[str, Any]) -> Split:

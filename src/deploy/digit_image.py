@@ -191,8 +191,8 @@ def _connect(ink: np.ndarray, what: str, things: str) -> tuple[np.ndarray, np.nd
 
 
 def _grain(ink: np.ndarray) -> float:
-    """The standard deviation of bare paper, which is most of the picture."""
-    return 1.4826 * float(np.median(np.abs(ink)))
+    """The standard deviation of bare paper, which is most of what has little ink."""
+    return 1.4826 * float(np.median(np.abs(ink[ink <= max(0, ink.max()) / 2])))
 
 
 def _label_digits(ink: np.ndarray, pieces: np.ndarray, photo: bool, single: bool) -> np.ndarray:

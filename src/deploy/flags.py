@@ -37,7 +37,7 @@ MODES = {
 EXPORTS, WEIGHTS = ("onnx", "torch_export"), ("safetensors", "timm")
 # How a file's name ends, where that tells what it is.
 ENDINGS = {"report": (".html",), "webpage": (".html",), "safetensors": (".safetensors",)}
-ENDINGS["timm"] = (".pth", ".pt", ".safetensors")
+ENDINGS |= {"evaluate": (".json",), "predict": (".json",), "timm": (".pth", ".pt", ".safetensors")}
 
 
 def _all_but(*modes: str) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 import io
 import sys
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from conftest import MNIST, ROOT, needs_mnist
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.errors import UserError
 from data.digits import load_digits
@@ -101,6 +103,16 @@ def test_the_strokes_of_a_fine_pen_are_widened():
     page[80:320, 120:123] = page[80:83, 120:280] = 0
     stem = read(page)[14:22].astype(float)
     assert stem.sum(axis=1) / 255 == pytest.approx(1.6, abs=0.3)  # 3 pixels of 240 were 0.25
+
+
+def test_a_digit_that_fills_its_picture_is_no_photo():
+    font = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf")
+    image = Image.new("L", (400, 400), 255)
+    ImageDraw.Draw(image).text((60, 60), "8", fill=0, font=ImageFont.truetype(font, 200))
+    left, top, right, bottom = ImageOps.invert(image).getbbox()
+    for margin in (2, 4, 8):
+        cut = image.crop((left - margin, top - margin, right + margin, bottom + margin))
+        assert read(np.asarray(cut)).max() > 200  # once "is blank", above half of it in ink
 
 
 def test_specks_are_left_out():

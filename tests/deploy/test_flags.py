@@ -65,6 +65,7 @@ def test_flags_are_answered_before_pytorch_is_imported(script):
         ("--mode report --output x.pdf", "x.pdf report ends in .html"),
         ("--mode webpage --half", "webpage --half --mode onnx"),
         ("--mode webpage --output page.htm", "page.htm .html"),
+        ("--mode predict --image x.png --output x.png", "x.png predict ends in .json"),
     ],
 )
 def test_flags_that_do_not_go_together_end_in_one_line(run, flags, words):

@@ -16,9 +16,11 @@ from shapes import CLASSES, draw_folder, draw_shape
 
 import deploy.predict
 import inference
+from analysis.words import PICTURE
 from data.decode import decode
 from data.digits import load_digits
 from data.folder import load_folder
+from deploy.answers import as_csv
 from deploy.predict import predict, prepare_picture
 from saving.checkpoint import load_checkpoint, save_checkpoint
 from vit_model import ViT
@@ -239,6 +241,9 @@ def test_folders_of_other_classes_are_named(infer, checkpoint, digits_checkpoint
     Path("mine/circle").rename("mine/moon")
     result = infer("evaluate", checkpoint, "--data_dir", "mine")
     assert_one_error_line(result, "moon", "circle, square, triangle")
+    # Also where no folder is of a class: they are not taken for the place of the digits' files.
+    result = infer("evaluate", digits_checkpoint, "--data_dir", "mine")
+    assert_one_error_line(result, "moon", "0, 1, 2")
     Path("mine/0").mkdir()
     shutil.copy("mine/moon/0.png", "mine/0")
     result = infer("evaluate", digits_checkpoint, "--data_dir", "mine")
@@ -271,6 +276,23 @@ def test_a_data_dir_without_such_folders_is_of_no_use_to_a_set_without_files(
     Path("mine/cats").mkdir(parents=True)
     result = infer("evaluate", digits_checkpoint, "--data_dir", "mine")
     assert_one_error_line(result, "--data_dir mine", "0, 1, 2", "need no files")
+
+
+def test_the_model_itself_is_not_written_over(infer, checkpoint, tmp_path):
+    shutil.copy(checkpoint, tmp_path / "own.pt")
+    before = (tmp_path / "own.pt").read_bytes()
+    result = infer("timm", "own.pt", "--output", tmp_path / "own.pt")
+    assert_one_error_line(result, "own.pt", "replace the model itself")
+    assert (tmp_path / "own.pt").read_bytes() == before
+
+
+def test_a_class_may_be_called_as_a_column_of_the_table_is():
+    row = {"image": "x.png", "prediction": "error", "confidence": 0.75}
+    row |= {"may_be_none_of_these": False, "probabilities": {"error": 0.75, "prediction": 0.25}}
+    text = as_csv({"class_names": ["error", "prediction"], "images": [row]}, PICTURE)
+    (read,) = csv.DictReader(io.StringIO(text))
+    assert read["prediction"] == "error" and read["error"] == ""
+    assert (read["class error"], read["class prediction"]) == ("0.750000", "0.250000")
 
 
 def test_a_model_of_other_classes_than_its_data_set_is_refused(infer, tmp_path):
