@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,21 +38,28 @@ def set_aside(folder: Path, new: dict[str, Any]) -> None:
         what = f"the best model of another run ({old['best_acc']:.2f} % of its validation images)"
     except Exception:  # a value of a wrong kind can raise anything
         what = "a best model of unknown settings"
-    when = datetime.fromtimestamp(best_path.stat().st_mtime)
-    aside = folder / when.strftime("%Y-%m-%d_%H-%M-%S")
+    print(f"kept:     {what} is now {move_aside(best_path, RESULTS) / BEST}")
+
+
+def move_aside(path: Path, others: Sequence[str]) -> Path:
+    """Move a file, after others beside it, to a folder there that is named after the time when it
+    was written. Raises UserError if they can't be moved. Returns the folder.
+    """
+    when = datetime.fromtimestamp(path.stat().st_mtime)
+    aside = path.with_name(when.strftime("%Y-%m-%d_%H-%M-%S"))
     while aside.exists():
         aside = aside.with_name(f"{aside.name}_")
     try:
         aside.mkdir()
-        for name in (*RESULTS, BEST):
-            if (folder / name).exists():
-                os.replace(folder / name, aside / name)
+        for name in (*others, path.name):
+            if path.with_name(name).exists():
+                os.replace(path.with_name(name), aside / name)
     except OSError as error:
         raise UserError(
-            f"{best_path} of another run cannot be moved to {aside} ({error.strerror or error}): "
-            "name another folder with --save_dir"
+            f"{path} of another run cannot be moved to {aside} ({error.strerror or error}): name "
+            "another folder with --save_dir"
         ) from None
-    print(f"kept:     {what} is now {aside / BEST}")
+    return aside
 
 
 def keep_raw_best(best_path: Path, swa_start: int) -> None:

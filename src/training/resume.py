@@ -9,6 +9,7 @@ and writes stand in a file beside them, which counts only where it was written.
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from saving.checkpoint import save_checkpoint
 from saving.run_state import load_optimizer, read_run_state, refusing
 from saving.stored_settings import from_stored
 from settings import FLAGS, Options, Settings
+from training.best_model import BEST, RESULTS, move_aside
 from training.epoch_sums import EpochSums
 from training.resolve import check_data_flags, resolve
 
@@ -217,21 +219,54 @@ def check_same_images(saved: SavedRun, dataset: Dataset) -> Dataset:
     return without_known(dataset, content.get("trained_before"))
 
 
-def note_unfinished(folder: Path) -> None:
-    """Say so if a run that does not go on in `folder` will replace one in it that could."""
+def note_unfinished(folder: Path, saved: SavedRun | None) -> None:
+    """Say so if a run that could go on in `folder` will make way for another, or for another state
+    of itself, which is in `saved`.
+    """
+    if found := _unfinished(folder):
+        path, state = found
+        fate = "move it to a folder of its own" if _is_kept(state, saved) else "replace it"
+        print(
+            f"note: {path} holds a run that stopped after {_progress(state)} epochs; --resume "
+            f"{folder / LAST} would continue it, the first save of this run will {fate}",
+            file=sys.stderr,
+        )
+
+
+def set_unfinished_aside(folder: Path, saved: SavedRun | None) -> None:
+    """Move all files of another run that could go on, after an epoch or more, to a folder of their
+    own in `folder`, where `--resume` finds them. Raises UserError if they can't be moved.
+    """
+    if (found := _unfinished(folder)) and _is_kept(found[1], saved):
+        path, state = found
+        paths = _read_text(folder / PATHS_FILE)
+        aside = move_aside(path, (LAST, PREVIOUS, PATHS_FILE, BEST, *RESULTS))
+        with suppress(ValueError, TypeError):  # damaged: then the paths will be asked for
+            paths = json.loads(paths) | {"folder": str(aside.resolve())}
+            write_text(aside / PATHS_FILE, json.dumps(paths, indent=2) + "\n")
+        print(f"kept:     the run that stopped after {_progress(state)} epochs is now in {aside}")
+
+
+def _unfinished(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The file and the state of a run that could go on in a folder; None if there is none."""
     for path in (folder / LAST, folder / PREVIOUS):
         try:
             state = read_run_state(path)
         except UserError:
             continue
-        done, epochs = state["position"]["epoch"], state["run"]["settings"]["epochs"]
-        if done < epochs:
-            print(
-                f"note: {path} holds a run that stopped after {done} of {epochs} epochs; this run "
-                f"will replace it, --resume {folder / LAST} would continue it",
-                file=sys.stderr,
-            )
-        return
+        done = state["position"]["epoch"] >= state["run"]["settings"]["epochs"]
+        return None if done else (path, state)
+    return None
+
+
+def _is_kept(state: dict[str, Any], saved: SavedRun | None) -> bool:
+    """Whether a run that could go on is another than that in `saved`, and worth a folder."""
+    same = saved is not None and saved.fingerprint == state["run"]["fingerprint"]
+    return state["position"]["epoch"] > 0 and not same
+
+
+def _progress(state: dict[str, Any]) -> str:
+    return f"{state['position']['epoch']} of {state['run']['settings']['epochs']}"
 
 
 def restore(

@@ -77,7 +77,7 @@ def open_run(
             content, source, given = world.share((content, source, given))
             options, saved = resume.go_on(content, source, options, given)
         if world.leads and not (saved and saved.is_in(options.save_dir)):
-            resume.note_unfinished(options.save_dir)
+            resume.note_unfinished(options.save_dir, saved)
         yield options, saved
 
 

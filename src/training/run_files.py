@@ -129,6 +129,7 @@ class RunFiles:
         """Bring the files to where the saved run was: a stop can come between two of them."""
         saved = self.saved
         self.history["epochs"], self.best = saved.content["history"], dict(saved.content["best"])
+        self._make_way()
         if self.world.leads and saved.epoch:
             acc, epoch = restore_best(saved.content, saved.path, self.paths.best)
             self.best = {"epoch": epoch, "acc": acc}
@@ -136,6 +137,12 @@ class RunFiles:
             rows = self.history["epochs"]
             reset_todo_md(self.settings.epochs, self.paths.todo, self.dataset.name, rows)
         self.best = self.world.share(self.best)
+
+    def _make_way(self) -> None:
+        """Before anything is written: move another run's files if it could go on."""
+        if self.nothing_saved and self.world.leads:
+            with uninterrupted():
+                resume.set_unfinished_aside(self.paths.folder, self.saved)
 
     # ------------------------------------------------------------------------------- checkpoints
 
@@ -163,6 +170,7 @@ class RunFiles:
     def save_last(self, epochs_done: int, sums: EpochSums) -> None:
         """Write all that it takes to go on to last.pt; a meeting of all processes."""
         sums.check()
+        self._make_way()
         sums_of_all = sums.state_dict(self.world)
         generators = self.world.gather(resume.random_state(self.device))
         if self.world.leads:
@@ -198,6 +206,7 @@ class RunFiles:
         row |= {"val_loss": validation.loss, "val_acc": validation.top1}
         row |= {"val_top5": validation.top5, "is_best": is_best, "finished": timestamp()}
         self.history["epochs"].append(row)
+        self._make_way()
         with uninterrupted():
             if is_best and self.world.leads:  # before last.pt, which counts on it
                 if is_first_best:

@@ -119,6 +119,29 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_save_stays(run, complete, fo
 
 
 @posix
+@pytest.mark.parametrize("again", [[], ["--seed", 7]], ids=["same settings", "others"])
+def test_a_run_that_could_go_on_makes_way_and_goes_on_elsewhere(
+    run, complete, folder, at_step, again
+):
+    reference = folder("reference")
+    complete(*TINY)
+    folder("run")
+    at_step(16, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(train.main, *TINY).status == 143
+    at_step(2, lambda: signal.raise_signal(signal.SIGINT))  # whoever forgot --resume
+    result = run(train.main, *TINY, *again)
+    assert "checkpoints/last.pt holds a run that stopped after 2 of 4 epochs" in result.err
+    (kept,) = (path.parent for path in Path("checkpoints").glob("*/last.pt"))
+    assert f"the run that stopped after 2 of 4 epochs is now in {kept}" in result.out
+    assert read(LAST)["position"]["step"] == 2
+    complete("--resume", kept)
+    Path("went_on").mkdir()
+    kept.rename("went_on/checkpoints")
+    shutil.copy("TODO.md", "went_on")
+    assert_same_run(Path("went_on"), reference)
+
+
+@posix
 def test_ctrl_c_in_a_save_stops_in_good_order(run, complete, folder, monkeypatch):
     """The files that belong together are all written before the run stops."""
     reference = folder("reference")
@@ -409,6 +432,7 @@ def test_what_a_new_run_finds_cannot_end_it(complete, stopped):
     del state["run"]["settings"]["epochs"]
     LAST.parent.mkdir()
     save_checkpoint(LAST, state)
+    assert "kept:     the run that stopped after 1 of " in complete(*TINY, "--epochs", 1).out
     save_checkpoint(BEST, {**best, "best_acc": 10**400, "fingerprint": "other"})
     assert "a best model of unknown settings" in complete(*TINY, "--epochs", 1).out
     save_checkpoint(BEST, {**best, "epoch": torch.tensor([1, 2])})
