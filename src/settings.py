@@ -305,6 +305,7 @@ class Options:
     )
 
 
+NOT_JSON = json.JSONDecodeError, UnicodeDecodeError  # kinds of ValueError
 FLAGS: dict[str, Field] = {f.name: f for f in (*fields(Options), *fields(Settings))}
 
 
@@ -344,13 +345,13 @@ def read_config(path: Path) -> dict[str, Any]:
         return {name: validated(FLAGS[name], value) for name, value in flags.items()}
     except UserError as error:
         raise UserError(f"--config: {error}; name a .toml or a run's history.json") from None
-    except ValueError as error:
-        raise UserError(f"--config {path}: {error}") from None
-    except (AttributeError, LookupError, RecursionError, TypeError):
+    except (AttributeError, LookupError, RecursionError, TypeError, *NOT_JSON):
         raise UserError(
             f"--config {path} is neither a TOML file, whose name ends in .toml, nor the "
             "history.json of a run, as version 0.2.0 and later ones write it"
         ) from None
+    except ValueError as error:
+        raise UserError(f"--config {path}: {error}") from None
 
 
 def _flags_of_toml(content: bytes) -> dict[str, Any]:

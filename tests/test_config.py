@@ -160,7 +160,7 @@ def run_with(**changes: object) -> str:
         ("x.json", "{}", "x.json is neither a TOML file, whose name ends in .toml, nor the"),
         ("x.json", "[" * 10**5, "x.json is neither"),
         ("x.json", '{"run": {"settings": 3}}', "x.json is neither"),
-        ("x.json", "epochs = 3", "--config x.json: Expecting value"),
+        ("x.json", "epochs = 3", "--config x.json is neither a TOML file"),
         ("x.json", run_with(seed=-1), "--config x.json: its seed: '-1' given, expected a whole"),
         ("x.json", run_with(recipe="slow"), "x.json is neither"),
         ("x.json", run_with(save_dir="/etc"), "unknown flags: save_dir; "),

@@ -30,7 +30,9 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         # --batch-size=64 -> --batch_size=64; values are left as they are.
         args = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
-        for arg in args:
+        for before, arg in zip(("", *args), args, strict=False):
+            if arg == "":  # as an unset variable of a shell gives it
+                raise UserError(f"{before} got an empty value: give one, or leave it out".strip())
             if re.fullmatch(r"--\w+=--", arg):  # which argparse takes for no value at all
                 raise UserError(f"{arg[:-3]} needs a value, -- given: see --help")
         defaults = {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
@@ -41,6 +43,8 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
+            if unknown[0].startswith(("--nproc", "--python")):
+                hint = "it stands before the script, as in python3 launch.py --nproc 2 train.py"
             raise UserError(f"unknown argument {unknown[0]}: {hint}")
         # What the command line names.
         self.given = {name: v for name, v in vars(parsed).items() if v is not absent}

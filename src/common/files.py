@@ -146,7 +146,10 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
 
 
 def _make_room(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise OSError(None, "a part of its path is a file, not a folder") from None
     if path.exists() and not path.is_file():  # renaming would replace a device by a file
         raise OSError(None, "it is a folder or a device")
 

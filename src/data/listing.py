@@ -41,7 +41,8 @@ class Listing:
 def list_images(folder: str | Path) -> Listing:
     """The parts of a folder: its train, val (or valid) and test with a folder for each class in
     them; or one part, "train", whose classes are right in it. Raises UserError if it can't be read,
-    has both val and valid, no classes in train, or a class name that can't be printed.
+    has both val and valid, no classes in train, classes both right in it and in val or test, or a
+    class name that can't be printed.
     """
     listing = Listing(Path(folder))
     inside, files = _look_into(listing.folder)
@@ -54,6 +55,11 @@ def list_images(folder: str | Path) -> Listing:
             raise UserError(
                 f"{folder} has images right in its {', '.join(sorted(mistaken))}: expected a "
                 "folder for each class there"
+            )
+        if parts and listing.files:
+            raise UserError(
+                f"{folder} has folders of classes right in it and in its {', '.join(parts)}: move "
+                "the former into a folder named train"
             )
         return listing
     if "val" in inside and "valid" in inside:

@@ -37,7 +37,8 @@ MODES = {
 EXPORTS, WEIGHTS = ("onnx", "torch_export"), ("safetensors", "timm")
 # How a file's name ends, where that tells what it is.
 ENDINGS = {"report": (".html",), "webpage": (".html",), "safetensors": (".safetensors",)}
-ENDINGS |= {"evaluate": (".json",), "predict": (".json",), "timm": (".pth", ".pt", ".safetensors")}
+ENDINGS |= {"timm": (".pth", ".pt", ".safetensors"), "onnx": (".onnx",), "torch_export": (".pt2",)}
+ENDINGS |= {"evaluate": (".json",), "predict": (".json",)}
 
 
 def _all_but(*modes: str) -> tuple[str, ...]:
@@ -63,7 +64,7 @@ MAX_INDICES = 12  # a picture of more images is too tall to read
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """The flag `--checkpoint`; `saving.checkpoint.find_checkpoint` reads it."""
     own = "./checkpoints/best_model.pt if it is there, else the pretrained one of this repository"
-    parser.add_argument("--checkpoint", help=f"trained model; None: {own}")
+    parser.add_argument("--checkpoint", help=f"trained model, or its folder; None: {own}")
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,6 +17,7 @@ all bytes before it. The keys, by the value of `format`:
 
 import hashlib
 import io
+import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -69,11 +70,12 @@ def versions() -> dict[str, str]:
 
 
 def find_checkpoint(given: str | Path | None = None) -> Path:
-    """The checkpoint to use: the one `given`, else the current folder's, else the pretrained one.
-    Raises UserError if none is given, and neither of the others exists.
+    """The checkpoint to use: the one `given`, by its own name or that of a run's folder, else the
+    current folder's, else the pretrained one. Raises UserError if none is given, and neither of the
+    others exists.
     """
     if given is not None:
-        return Path(given)
+        return Path(given, OWN_CHECKPOINT.name) if os.path.isdir(given) else Path(given)
     for path in (OWN_CHECKPOINT, PRETRAINED):
         if path.is_file():
             return path

@@ -184,9 +184,10 @@ def go_on(
     for name, value in given.items():
         may_change = FLAGS[name].metadata["changes"]
         if not may_change and value != before[name] and (name, value) != ("dataset", "auto"):
+            has = "was started without it" if before[name] is None else f"has {before[name]}"
             raise UserError(
-                f"--{name} {value} contradicts the run in {path}, which has {before[name]}: leave "
-                "it out, or leave --resume out to start a new run"
+                f"--{name} {value} contradicts the run in {path}, which {has}: leave it out, or "
+                "leave --resume out to start a new run"
             )
         if name == "epochs" and value < before[name]:
             raise UserError(
@@ -214,7 +215,7 @@ def check_same_images(saved: SavedRun, dataset: Dataset) -> Dataset:
     if not same or shape != dataset.image_shape[:2]:
         raise UserError(
             f"the images in {dataset.name} are not those that the run in {saved.path} was trained "
-            "on: put these back, or leave --resume out to start a new run"
+            "on: put these back and take others out, or leave --resume out to start a new run"
         )
     return without_known(dataset, content.get("trained_before"))
 

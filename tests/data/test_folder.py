@@ -665,6 +665,10 @@ def in_parts_alone(folder: Path) -> None:
     shutil.rmtree(folder / "square")
 
 
+def in_test_too(folder: Path) -> None:
+    shutil.copytree(folder / "disc", folder / "test" / "disc")
+
+
 ERRORS = {
     "empty": (lambda f: only(f), "", "has images in no folder of a class: expected at least two"),
     "one class": (lambda f: only(f, "disc"), "", "has images of one class only, 'disc'"),
@@ -674,6 +678,11 @@ ERRORS = {
         "has 2 images, and none is left to validate",
     ),
     "all of 1x1": (dots, "", "has images none of which can be used"),
+    "classes right in it, too": (
+        in_test_too,
+        "",
+        "has folders of classes right in it and in its test: move the former into a folder named",
+    ),
     "parts without classes": (in_parts_alone, "", "has images right in its test, train: expected"),
     "images to test beside classes": (
         lambda f: (f / "disc").rename(f / "test"),
