@@ -14,9 +14,7 @@ needed, and syntax stays within Python 3.8, so that an old Python can still say 
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import difflib
 import json
 import os
 import platform
@@ -55,13 +53,9 @@ def find_scripts() -> dict[str, str]:
     """Name -> one line about it, for each file of src/ that is meant to be run, and the tests."""
     scripts = {}
     for path in sorted((ROOT / "src").glob("*.py")):
-        try:
-            tree = ast.parse(path.read_bytes())
-        except SyntaxError:  # still listed, so that running it shows Python's own message
-            tree = ast.parse("'(has a syntax error)'\nif '__main__': pass")
-        tests = [ast.dump(node.test) for node in tree.body if isinstance(node, ast.If)]
-        if any("'__main__'" in test for test in tests):
-            scripts[path.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+        text = path.read_text(encoding="utf-8")
+        if '\nif __name__ == "__main__":' in text:
+            scripts[path.name] = text.partition("\n")[0].strip('"')
     return {**scripts, "test": "Run the quick tests, --all: all of them; with the flags of pytest."}
 
 
@@ -405,9 +399,7 @@ def main(argv: list[str]) -> None:
         return print(USAGE, *(f"  {name:<18} {line}" for name, line in scripts.items()), sep="\n")
     script = flags.pop(0)
     if script not in scripts:
-        match = difflib.SequenceMatcher
-        nearest = sorted(scripts, key=lambda name: -match(None, script, name).ratio())
-        raise LaunchError(f"there is no {script!r} to run, there is: {', '.join(nearest)}")
+        raise LaunchError(f"there is no {script!r} to run, there is: {', '.join(scripts)}")
     if count > 1 and script != "train.py":
         raise LaunchError(f"--nproc {count} {script}: only train.py runs as several processes")
 

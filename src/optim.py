@@ -228,11 +228,6 @@ def _rehearse(cls: type[Optimizer], arguments: dict[str, Any], device: torch.dev
     cls([weight], **arguments).step(closure)
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether a step computes loss and gradients several times, by a closure, as LBFGS does."""
-    return isinstance(optimizer, LBFGS)
-
-
 def clip_gradients(optimizer: Optimizer, grad_clip: float) -> Tensor:
     """Clip the gradients in place; the result is their total 2-norm before, left on their device.
 
@@ -240,7 +235,7 @@ def clip_gradients(optimizer: Optimizer, grad_clip: float) -> Tensor:
     `clip_grad_norm_type`, the others together, by their global norm, to `grad_clip` (0: not at
     all). Those of LBFGS stay as they are: it learns the curvature from their differences.
     """
-    if needs_closure(optimizer):
+    if isinstance(optimizer, LBFGS):
         grad_clip = 0.0
     own = [group for group in optimizer.param_groups if "clip_grad_max_norm" in group]
     rest = [group for group in optimizer.param_groups if "clip_grad_max_norm" not in group]

@@ -33,7 +33,7 @@ SECTIONS = {  # of --help, in its order
     "resuming": "stopping and resuming",
     "output": "what is written",
 }
-MAX_TOML = 20_000  # bytes: the time that a hostile one takes grows with their square
+MAX_TOML = 20_000  # bytes: the time that a hostile one takes grows with the square of its length
 
 
 def flag(section: str, default: Any, help: str, type: Callable = str, **about: Any) -> Any:
@@ -42,10 +42,9 @@ def flag(section: str, default: Any, help: str, type: Callable = str, **about: A
     Args:
         type: a parser of text that names the bounds.
         about: `choices`, the values there are; `changes`, whether a resumed run may go on with
-            another value; `stored`, whether the value belongs to the run and not to the machine;
-            `off`, the value in a checkpoint from before there was this setting.
+            another value; `stored`, whether the value belongs to the run and not to the machine.
     """
-    about = {"changes": False, "stored": True, "off": default, **about}
+    about = {"changes": False, "stored": True, **about}
     return field(default=default, metadata=about | {"section": section, "help": help, "type": type})
 
 
@@ -126,12 +125,8 @@ class Settings:
         number(0, 1),
     )
 
-    rotate: float = augmentation_flag(
-        7.0, "degrees, at most, to either side", number(0, 181), off=0.0
-    )
-    translate: float = augmentation_flag(
-        0.1, "shift, at most, in image sides", number(0, 1), off=0.0
-    )
+    rotate: float = augmentation_flag(7.0, "degrees, at most, to either side", number(0, 181))
+    translate: float = augmentation_flag(0.1, "shift, at most, in image sides", number(0, 1))
     scale: float = augmentation_flag(
         0.0, "the size varies by this share, up and down", number(0, 1)
     )
@@ -366,7 +361,7 @@ def _flags_of_run(run: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         run: as `saving.stored_settings.to_stored` makes it.
     """
-    settings = {f.name: f.metadata["off"] for f in fields(Settings)} | run["settings"]
+    settings = {f.name: f.default for f in fields(Settings)} | run["settings"]
     flags = {n: v for n, v in run.items() if n not in ("settings", "fingerprint")} | settings
     usual = {name: flag.default for name, flag in FLAGS.items()}
     usual |= RECIPES[run["recipe"]] | dict(DATASET_SETTINGS[run["dataset"]])

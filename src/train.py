@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from common.device import choose_device, choose_precision
 from common.distributed import SINGLE_PROCESS, World, device_of, find_world
@@ -29,9 +29,9 @@ from data.dataset import Dataset
 from data.folder import without_known
 from data.load import load_on_all_processes
 from data.mix import Mix
-from optim import build_optimizer_and_schedule, check_calls, clip_gradients, needs_closure
+from optim import build_optimizer_and_schedule, check_calls, clip_gradients
 from optimizers.average import WeightAverage
-from saving.pretrained import Pretrained, read_on_all_processes, start_from
+from saving.pretrained import Pretrained, read_pretrained
 from training.resume import SavedRun, check_same_images
 from training.run import Run, open_run
 from training.speed import keep_freed_memory, prepare
@@ -66,7 +66,10 @@ def load_data(
         return saved.settings, check_same_images(saved, dataset), None
     expected = "mnist" if options.dataset == "auto" else options.dataset
     check_data_flags(expected, given)
-    trained = read_on_all_processes(given.get("init_from"), given.get("num_heads"), world)
+    trained = None
+    if "init_from" in given and world.leads:
+        trained = read_pretrained(given["init_from"], given.get("num_heads"))
+    trained = world.share(trained)
     sizes = trained and trained.config
     settings = resolve(options.recipe, expected, given, sizes, options.img_size)
     check_calls(settings.optimizer, settings.scheduler, swa_lr=settings.swa_lr, given=given)
@@ -104,9 +107,8 @@ def train(
     # The same in all processes, so that they draw the same weights; `run.start` then seeds all but
     # the first anew.
     torch.manual_seed(options.seed)
-    model_config = describe_model(settings, dataset)
-    model = ViT(**model_config).to(device)
-    start_from(trained, model, dataset.class_names, freeze=settings.freeze)
+    model, model_config = build_model(settings, dataset, trained)
+    model.to(device)
     num_classes = len(dataset.class_names)
     mix = Mix(num_classes, **section_of(settings, "mixing"))
     train_criterion, criterion = build_criteria(settings, train_loader, num_classes)
@@ -150,11 +152,19 @@ def patch_drop_in(epoch: int, epochs: int, share: float) -> float:
     return share if 3 * epoch <= 2 * epochs else 0.0
 
 
-def describe_model(settings: Settings, dataset: Dataset) -> dict[str, Any]:
-    """The arguments of `ViT`."""
+def build_model(
+    settings: Settings, dataset: Dataset, trained: Pretrained | None
+) -> tuple[ViT, dict[str, Any]]:
+    """The network, started from `trained` if there is one, and the arguments of `ViT` for it."""
     in_chans, img_size, _ = dataset.image_shape
-    sizes = {"img_size": img_size, "in_chans": in_chans, "num_classes": len(dataset.class_names)}
-    return sizes | section_of(settings, "model")
+    config = {"img_size": img_size, "in_chans": in_chans, "num_classes": len(dataset.class_names)}
+    config |= section_of(settings, "model")
+    model = ViT(**config)
+    if trained is not None:
+        print(f"started from: {trained.load_into(model, dataset.class_names)}")
+    if settings.freeze == "backbone":  # also in a resumed run, whose weights come later
+        model.requires_grad_(False).head.requires_grad_()
+    return model, config
 
 
 def build_criteria(
@@ -226,7 +236,7 @@ def take_step(
 
     LBFGS computes loss and gradients again at each point that it tries; these are not clipped.
     """
-    if needs_closure(optimizer):
+    if isinstance(optimizer, LBFGS):
         optimizer.step(lambda: world.sum(compute_gradients(batch)[0]))
     else:
         optimizer.step()

@@ -274,7 +274,7 @@ def test_without_a_script_it_lists_what_can_be_run(project):
 
 
 def test_script_with_a_syntax_error_shows_pythons_own_message(project):
-    (project.root / "src" / "show.py").write_text("def broken(:\n")
+    (project.root / "src" / "show.py").write_text(SHOW + "def broken(:\n")
     process = project.run("show.py", by="good")
     assert process.returncode == 1 and "SyntaxError" in process.err
 
@@ -289,7 +289,7 @@ def test_tests_run_in_the_project_with_the_dev_extra_on_all_cores(project):
 
 
 def test_what_cannot_be_understood_is_one_error_line(project, tmp_path):
-    assert "'wiat.py' to run, there is: wait.py, " in project.error("wiat.py")
+    assert "'wiat.py' to run, there is: show.py, wait.py, test" in project.error("wiat.py")
     assert "helper.py" not in project.error("helper.py").split("there is:")[1]
     absent = f"{tmp_path}/no"
     assert f"--python {absent} is not there" in project.error(f"--python={absent}", "show.py")

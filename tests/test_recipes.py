@@ -89,11 +89,10 @@ def test_a_stored_value_is_checked_like_its_flag(name):
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_a_setting_from_before_there_was_one_is_off_and_an_option_must_be_there(name):
+def test_a_setting_from_before_there_was_one_has_its_default_and_an_option_must_be_there(name):
     if name in SETTINGS:
         _, settings = from_stored(stored(**{name: NOTHING}))
-        is_strength = FLAGS[name].metadata["section"] in ("augmentation", "mixing")
-        assert settings == SETTINGS | {name: 0.0 if is_strength else SETTINGS[name]}
+        assert settings == SETTINGS
     elif FLAGS[name].metadata["section"] == "folder":
         assert from_stored(stored(**{name: NOTHING}))[0] == replace(Options(), dataset="mnist")
     else:

@@ -85,7 +85,8 @@ def read(model: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         images: normalised, (B, in_chans, img_size, img_size), on the model's device.
     """
-    vectors, chosen = [], _blocks(len(model.blocks))
+    depth, vectors = len(model.blocks), []
+    chosen = {-(-depth * part // 3) for part in (1, 2, 3)}  # blocks, counted from 1
     x = model.embed(images)
     for number, block in enumerate(model.blocks, 1):
         x = block(x)
@@ -121,11 +122,6 @@ def is_strange(vectors: Tensor, calibration: dict[str, Any]) -> Tensor:
     if "threshold" not in calibration:
         return torch.zeros(len(vectors), dtype=torch.bool)
     return strangeness(vectors, calibration) > calibration["threshold"]
-
-
-def _blocks(depth: int) -> set[int]:
-    """The blocks, counted from 1, after which the tokens are looked at."""
-    return {-(-depth * part // 3) for part in (1, 2, 3)}
 
 
 def _read_all(model: ViT, loader: BatchLoader) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,6 @@ In the comments on shapes, beside the letters of vit_model.py,
     L: blocks (layers)     n: images of a test set     K: classes     side: sqrt(N)
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import isqrt
@@ -25,23 +23,23 @@ from vit_model import Attention, ViT
 
 @torch.no_grad()
 def attention_weights(model: ViT, images: Tensor) -> Tensor:
-    """The attention weights of every block and head, softmax(q k^T / sqrt(D / H)), without dropout.
+    """The attention weights of every block and head, softmax(q k^T / sqrt(D / H)).
 
     Each block gets the input that it has in a forward pass. No hook is set: the model stays as it
     is and can serve other threads meanwhile.
 
     Args:
+        model: in evaluation mode.
         images: normalised, (B, C, img_size, img_size), on the model's device.
 
     Returns:
         fp32 (B, L, H, T, T): the row of each query token sums to 1 over the key tokens.
     """
     weights = []
-    with _evaluation_mode(model):
-        x = model.embed(images)
-        for block in model.blocks:
-            weights.append(_weights_of_block(block.attn, block.norm1(x)))
-            x = block(x)
+    x = model.embed(images)
+    for block in model.blocks:
+        weights.append(_weights_of_block(block.attn, block.norm1(x)))
+        x = block(x)
     return torch.stack(weights, dim=1)
 
 
@@ -84,16 +82,6 @@ def _weights_of_block(attn: Attention, x: Tensor) -> Tensor:
     qk = F.linear(x, attn.in_proj_weight[: 2 * D], attn.in_proj_bias[: 2 * D])  # (B, T, 2D)
     q, k = qk.view(B, T, 2, heads, width).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, T, D/H)
     return (q * width**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
-
-
-@contextmanager
-def _evaluation_mode(model: ViT) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 # -------------------------------------------------------------------------- a model on a test set
@@ -154,13 +142,11 @@ class Outputs:
 
 @torch.no_grad()
 def outputs(model: ViT, loader: BatchLoader, temperature: float = 1.0) -> Outputs:
-    """Run a model on all images of a loader, on its device, in fp32 and without dropout."""
+    """Run a model, in evaluation mode, on all images of a loader, on its device, in fp32."""
     parts = []
-    bar = tqdm(loader, desc="test images", unit="batch", leave=False, disable=None)
-    with _evaluation_mode(model):
-        for images, labels in bar:
-            features = model.features(images)
-            parts.append((features, model.head(features), labels))
+    for images, labels in tqdm(loader, "test images", unit="batch", leave=False, disable=None):
+        features = model.features(images)
+        parts.append((features, model.head(features), labels))
     columns = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
     return Outputs(*columns, temperature)
 

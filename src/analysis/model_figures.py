@@ -33,9 +33,8 @@ CLASS_COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6")
 CLASS_COLORS += ("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 CLASS_MARKS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
 MAP_SIDE = 5.4  # inches of a map
-MAX_COVERED = (
-    0.08  # of a map's area, by the names of classes; of more or longer, numbers stand there
-)
+# The share of a map that the names of classes may cover; above it, numbers stand there.
+MAX_COVERED = 0.08
 BELOW_AND_ABOVE = "PuOr"  # on both sides of 0
 IMAGE_WIDTH = 2.4  # inches of an image beside its attention
 

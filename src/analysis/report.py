@@ -131,7 +131,7 @@ def write_report(
         sections.append(Section(heading, text, name, tables.get(name, ())))
     sections += [_comparison(*timings)] if timings else []
     sections.append(_settings(checkpoint, history))
-    # Only two folders of a path: a report is shown to others.
+    # At most two folders of a path are shown, as reports are passed on.
     if notes:
         folder = f"{Path(checkpoint_path).parent}{os.sep}"
         text = " ".join(f"{note.replace(folder, '')}." for note in notes)

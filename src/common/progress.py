@@ -1,12 +1,12 @@
 """TODO.md's progress table: a row for each epoch of a run."""
 
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import write_text
+from common.files import read_bytes, write_text
 
 TODO_HEADING = "## Training progress"
 TODO_HEADER = [
@@ -30,7 +30,7 @@ def reset_todo_md(
     if len(before) > 1 and before[-2].startswith("Data set: ") and not before[-1]:
         before = before[:-2]
     rows = [
-        _todo_row(n, row["train_loss"], row["val_acc"], row["is_best"], row.get("finished", ""))
+        _todo_row(n, row["train_loss"], row["val_acc"], row["is_best"], row["finished"])
         for n, row in enumerate(history, 1)
     ]
     rows += [f"| {n} | not started | | | | |" for n in range(len(rows) + 1, epochs + 1)]
@@ -67,12 +67,9 @@ def timestamp() -> str:
 
 def _split_todo(todo_path: str | Path) -> tuple[list[str], list[str], list[str], str]:
     """TODO.md's lines before, in (rows only) and after the progress table, and what ends a line."""
-    try:
-        text = Path(todo_path).read_bytes().decode("utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        text = "# TODO\n"
-    except OSError as error:
-        raise UserError(f"{todo_path} cannot be read: {error.strerror or error}") from None
+    text = "# TODO\n"
+    if os.path.exists(todo_path):
+        text = read_bytes(Path(todo_path)).decode("utf-8", errors="surrogateescape")
     newline = "\r\n" if 0 < text.count("\n") == text.count("\r\n") else "\n"
     lines = text.split(newline)
     bare = [line.rstrip("\r") for line in lines]  # where the ends of lines are mixed

@@ -1,4 +1,4 @@
-"""Reads image files in processes of their own, so that every core does, and none that a file kills.
+"""Reads image files in processes of their own: all cores share the work, and none dies of a file.
 
 multiprocessing would import the main script in each of them, and PyTorch with it. These are small
 programs: a line of JSON with paths goes in, a line of JSON and then the pixels come out. They end

@@ -100,10 +100,7 @@ def load_folder(
     if sum(sizes) != len(cached.images):
         raise UserError(f"{place.array} is not of the images in {data_dir}: delete it")
     images = torch.from_numpy(cached.images).split(sizes)
-    splits = [
-        Split(of_part, torch.from_numpy(labels[part]))
-        for of_part, part in zip(images, parts, strict=True)
-    ]
+    splits = list(map(Split, images, (torch.from_numpy(labels[part]) for part in parts)))
     name = listing.folder.resolve().name
     return Dataset(
         name if 0 < len(name) <= MAX_NAME and name.isprintable() else "folder",
@@ -264,7 +261,7 @@ def _arrange(listing: Listing, answers: list[int | str], shares: list[float]) ->
         to_val, to_test = _counts(len(members), shares)
         part_of[members[:to_test]] = 2
         part_of[members[to_test : to_test + to_val]] = 1
-    # By the other end of the hash: the least of each class are gone from the images to train.
+    # By the hash's other end: the smallest hashes of each class went to validation and test.
     order = np.argsort(hashes.byteswap(), kind="stable")
     parts, copies = [order[part_of[order] == 0]], []
     for number in (1, 2):

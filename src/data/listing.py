@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +120,9 @@ def _look_into(path: Path) -> tuple[list[str], dict[str, os.stat_result | None]]
             for entry in entries:
                 if entry.name.startswith(".") or entry.name in LITTER:
                     continue
-                about = _stat(entry)
+                about = None
+                with suppress(OSError):  # a link to nothing, or to itself
+                    about = entry.stat()
                 if about and stat.S_ISDIR(about.st_mode):
                     folders.append(entry.name)
                 else:  # a pipe or a device may never end
@@ -132,14 +135,6 @@ def _look_into(path: Path) -> tuple[list[str], dict[str, os.stat_result | None]]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     return sorted(folders), dict(sorted(files.items()))
-
-
-def _stat(entry: os.DirEntry) -> os.stat_result | None:
-    """Of what a link points to; None if it is nothing or the link itself."""
-    try:
-        return entry.stat()
-    except OSError:
-        return None
 
 
 def refuse_unknown(listing: Listing, class_names: Sequence[str]) -> None:

@@ -29,28 +29,21 @@ def list_images(names: list[str]) -> list[str]:
         if name == STDIN or not os.path.isdir(name):
             images.append(name)
             continue
-        inside = images_in(Path(name))
+        try:
+            inside = [
+                str(path)
+                for path in sorted(Path(name).iterdir())
+                if has_image_name(path.name) and not path.name.startswith(".") and path.is_file()
+            ]
+        except OSError as error:
+            raise UserError(f"folder {name} cannot be read: {error.strerror}") from None
         if not inside:
             raise UserError(
                 f"folder {name} has no images in it (folders in it are not searched): "
                 "name one that has, or the files"
             )
-        images += map(str, inside)
+        images += inside
     return images
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The pictures directly in a folder, by name: those whose names end as those of a format that
-    is read, and which are not hidden. Raises UserError if the folder can't be read.
-    """
-    try:
-        return [
-            path
-            for path in sorted(folder.iterdir())
-            if has_image_name(path.name) and not path.name.startswith(".") and path.is_file()
-        ]
-    except OSError as error:
-        raise UserError(f"folder {folder} cannot be read: {error.strerror}") from None
 
 
 def read_each(

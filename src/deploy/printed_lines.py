@@ -1,8 +1,8 @@
 """Removes the printed lines of ruled and squared paper from a picture, and leaves the ink.
 
 A printed line is straight and runs from one edge of the picture to another, as no stroke of a digit
-does. It is found by the mean ink along every straight line, a Radon transform. What its median
-pixel is darker than the paper beside it is subtracted all along, except where a pen has crossed it.
+does. It is found by the mean ink along every straight line, a Radon transform. Its ink, the median
+along it, is subtracted everywhere on it, except where a pen has crossed it.
 """
 
 import numpy as np

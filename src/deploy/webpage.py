@@ -27,10 +27,8 @@ PAGE = Path(__file__).with_name("demo_page")
 # In the order in which they need each other; each does the work of the Python file of its name.
 NETWORK = ("vit_model.js", "explain.js", "confidence.js", "digit_pieces.js", "digit_image.js")
 # With it the browser itself keeps the page from asking anybody for anything.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
-)
-POLICY += "base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+POLICY += "img-src data:; base-uri 'none'; form-action 'none'"
 TOLERANCE = 0.02  # largest difference of a probability that the weights' rounding may make
 RANDOM_IMAGES = 128  # that are compared where there are no validation images
 

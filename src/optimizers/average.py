@@ -60,6 +60,6 @@ class WeightAverage:
         return {} if self._averaged is None else self._averaged.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved average; a checkpoint without one starts a new one."""
-        if self._averaged is not None and state:
+        """Take over a saved average."""
+        if self._averaged is not None:
             self._averaged.load_state_dict(state)

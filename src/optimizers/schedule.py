@@ -164,7 +164,7 @@ class Schedule:
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
         ]
-        self._val_losses: list[float | None] = []
+        self._val_losses: list[float] = []
         self._batch = 0
         # Refuses what would fail in the run. The longer the text, the more work each change is.
         self.rates(limit=MAX_REHEARSAL * 200 // max(200, len(self.text)))
@@ -185,9 +185,9 @@ class Schedule:
         elif self._moves_within_epoch:
             self._move()
 
-    def step_epoch(self, val_loss: float | None = None) -> None:
+    def step_epoch(self, val_loss: float) -> None:
         """To be called after every epoch; ReduceLROnPlateau goes by the validation loss."""
-        self._val_losses.append(None if val_loss is None else float(val_loss))
+        self._val_losses.append(float(val_loss))
         self._batch = 0
         if self._epoch > self.warmup_epochs and not self._moves_within_epoch:
             self._move(*([val_loss] if isinstance(self.scheduler, ReduceLROnPlateau) else []))
@@ -270,7 +270,7 @@ class Schedule:
             for _ in range(batch):
                 self.step_batch()
 
-    def _replay(self, val_losses: list[float | None]) -> Iterator[tuple[float, list[float]]]:
+    def _replay(self, val_losses: list[float]) -> Iterator[tuple[float, list[float]]]:
         """Replay these epochs from the start, yielding what `rates` returns."""
         self._rewind()
         for epoch, loss in enumerate(val_losses):

@@ -9,11 +9,11 @@ What a hostile file can do at most, be it a checkpoint or a run's last.pt:
 - Whatever is wrong with it, the answer is one line that starts with "error: ".
 - What is printed of it is short, and free of the codes by which a text controls a terminal.
 
-PyTorch's loader keeps the first promise, archive.py the second, checkpoint.py the others, and all
-of them pretrained.py for the models of other libraries that a run can start from; the package
-safetensors, which weights_file.py calls, keeps the first two for its files. Every
-other input that is not trusted has one place, too, where it is checked: a run's last.pt in
-run_state.py, calls of optimizers and schedules in optimizers/calls.py, pictures in
-data/pictures.py, prepared images in data/cache.py, history.json and timings in analysis/, what
---config names in settings.py. Published data files must have their known checksums.
+PyTorch's loader keeps the first promise, archive.py the second, checkpoint.py the others. For the
+models of other libraries that a run can start from, pretrained.py keeps all four. For files of
+safetensors that package, which weights_file.py calls, keeps the first two. Every other input that
+is not trusted is checked in one place, too: a run's last.pt in run_state.py, calls of optimizers
+and schedules in optimizers/calls.py, pictures in data/pictures.py, prepared images in
+data/cache.py, history.json and timings in analysis/, what --config names in settings.py. Published
+data files must have their known checksums.
 """

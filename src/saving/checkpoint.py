@@ -35,7 +35,7 @@ from common.text import composed
 from common.version import VERSION
 from data.catalog import DIGITS, PREPARATIONS
 from saving.archive import RefusedError
-from saving.weights_file import KNOWN, reader_of
+from saving.weights_file import KNOWN, read_weights
 from vit_model import ViT
 
 FORMAT = 3  # of what is written now; every earlier one is read, too
@@ -176,9 +176,10 @@ def _read_whole(path: Path) -> bytes:
 
 def decoded(path: Path, content: bytes, what: str = WHAT, advice: str = ADVICE) -> Any:
     """What a model's file holds, unchecked. Raises UserError if it can't be read."""
-    read = reader_of(path)
     try:
-        return read(content)
+        return read_weights(path, content)
+    except UserError:
+        raise
     except Exception as error:  # zipfile, PyTorch and safetensors raise many kinds
         reason = "it is damaged, cut off, or in another format"
         if isinstance(error, RefusedError):

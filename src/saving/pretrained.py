@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.distributed import World
 from common.errors import UserError
 from common.files import read_bytes
 from saving.checkpoint import (
@@ -99,31 +98,6 @@ class Pretrained:
         told += [f"fixed positions for {grid}x{grid}"] if POSITIONS in kept else []
         told += ["head kept" if same_classes else "head new"]
         return f"{self.file} ({self.kind}): {'; '.join(told)}"
-
-
-def read_on_all_processes(
-    path: str | None, num_heads: int | None, world: World
-) -> Pretrained | None:
-    """`read_pretrained` by the process that leads, for all; None without a path."""
-    if path is None:
-        return None
-    return world.share(read_pretrained(path, num_heads) if world.leads else None)
-
-
-def start_from(
-    trained: Pretrained | None, model: ViT, class_names: Sequence[str], *, freeze: str
-) -> None:
-    """Make a new model start from a trained one, if there is one, and say what that is.
-
-    Args:
-        class_names: of the model.
-        freeze: "backbone": only the head will learn; also in a resumed run, whose weights come
-            later.
-    """
-    if trained is not None:
-        print(f"started from: {trained.load_into(model, class_names)}")
-    if freeze == "backbone":
-        model.requires_grad_(False).head.requires_grad_()
 
 
 # ------------------------------------------------------------------------------------- resampling

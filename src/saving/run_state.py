@@ -21,13 +21,13 @@ from torch.optim import Optimizer
 from common.errors import UserError
 from recipes import DATASET_SETTINGS
 from saving.checkpoint import load_checkpoint, refusal
-from saving.stored_settings import fingerprint, from_stored
+from saving.stored_settings import from_stored
 
 # What a state has beyond a checkpoint of a trained model.
 STATE_KEYS = ("average_state_dict", "run", "position", "best", "history", "random")
 ROW_KEYS = ("epoch", "train_loss", "train_acc", "grad_norm", "lr", "val_loss", "val_acc")
 ROW_KEYS += ("val_top5", "seconds", "images_per_second")
-OPTIONAL_ROW_KEYS = ("skipped_steps", "is_best", "finished")
+OTHER_ROW_KEYS = ("skipped_steps", "is_best", "finished")
 
 
 @contextmanager
@@ -64,10 +64,9 @@ def read_run_state(path: Path) -> dict[str, Any]:
         for name in config.keys() & settings.keys():
             if config[name] != settings[name]:
                 raise ValueError(f"{name} is {settings[name]!r} in its settings, but not its model")
-        told = run.setdefault("fingerprint", fingerprint(run))
-        if not re.fullmatch("[0-9a-f]{12}", told):
+        if not re.fullmatch("[0-9a-f]{12}", run["fingerprint"]):
             raise ValueError("its fingerprint is not 12 hexadecimal digits")
-        run["settings"] = settings  # complete and checked; the fingerprint is of what the file has
+        run["settings"] = settings  # complete and checked
     return state
 
 
@@ -83,11 +82,8 @@ def _check_position(position: dict[str, Any]) -> None:
 def _check_history(history: list[dict[str, Any]], epochs: int) -> None:
     if len(history) != epochs:
         raise ValueError(f"{len(history)} rows of history after {epochs} epochs")
-    best_acc = -1.0
     for number, row in enumerate(history, 1):
         _check_row(row, number)
-        row.setdefault("is_best", row["val_acc"] > best_acc)  # older files don't tell
-        best_acc = max(best_acc, row["val_acc"])
 
 
 def _check_row(row: dict[str, Any], number: int) -> None:
@@ -95,10 +91,10 @@ def _check_row(row: dict[str, Any], number: int) -> None:
     numbers = [row[name] for name in ROW_KEYS if name != "lr"] + [*row["lr"].values()]
     skipped = row.get("skipped_steps", [])
     numbers += skipped
-    known = row.keys() <= {*ROW_KEYS, *OPTIONAL_ROW_KEYS}
+    known = row.keys() <= {*ROW_KEYS, *OTHER_ROW_KEYS}
     known &= all(type(name) is str for name in row["lr"])
-    datetime.fromisoformat(row.get("finished", "2000-01-01"))
-    if not known or type(skipped) is not list or type(row.get("is_best", True)) is not bool:
+    datetime.fromisoformat(row["finished"])
+    if not known or type(skipped) is not list or type(row["is_best"]) is not bool:
         raise ValueError(f"its history of epoch {number} has other things in it")
     if row["epoch"] != number or not row["lr"]:
         raise ValueError(f"epoch {number} is missing in its history")

@@ -24,13 +24,12 @@ NEW = {f.name for f in fields(Options) if f.metadata["section"] == "folder"}
 
 
 def from_stored(run: Mapping[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """The options and the settings by name that `to_stored` stored, all checked. Raises an error
-    if one has no such value; a `KeyError` if an option is missing.
+    """The options and the settings by name that `to_stored` stored, all checked; the default of one
+    that an earlier version did not have. Raises an error if one has no such value; a `KeyError` if
+    an option is missing.
     """
-    settings = {
-        f.name: validated(f, run["settings"].get(f.name, f.metadata["off"]))
-        for f in fields(Settings)
-    }
+    stored = run["settings"]
+    settings = {f.name: validated(f, stored.get(f.name, f.default)) for f in fields(Settings)}
     options = {
         f.name: validated(f, run.get(f.name, f.default) if f.name in NEW else run[f.name])
         for f in fields(Options)

@@ -5,7 +5,6 @@ they are read as checkpoints. The package safetensors is optional.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,25 +24,20 @@ TOLD += ("source", "class_names", "settings", "fingerprint", "versions")
 KNOWN = ("trained_on", "trained_before")  # images of folders, see `known_images`
 
 
-def reader_of(path: Path) -> Callable[[bytes], Any]:
-    """What reads the content of a model's file, by its name. Raises UserError if that needs the
-    package safetensors, and there is none.
+def read_weights(path: Path, content: bytes) -> Any:
+    """What a model's file holds, by its name's ending. Raises UserError if that needs the package
+    safetensors, and there is none; any other exception if the file is damaged.
     """
     if path.suffix.lower() != SUFFIX:
-        return read_archive
-    load = _package(path, "read").load
-
-    def read(content: bytes) -> dict[str, Any]:
-        tensors = load(content)  # which checks the header, too
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        told = header.get("__metadata__", {})
-        if KEY not in told:
-            return tensors
-        checkpoint = {**json.loads(told[KEY]), "model_state_dict": tensors}
-        known = {name: checkpoint[name] for name in KNOWN if name in checkpoint}
-        return checkpoint | {n: torch.tensor(v, dtype=torch.int64) for n, v in known.items()}
-
-    return read
+        return read_archive(content)
+    tensors = _package(path, "read").load(content)  # which checks the header, too
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    told = header.get("__metadata__", {})
+    if KEY not in told:
+        return tensors
+    checkpoint = {**json.loads(told[KEY]), "model_state_dict": tensors}
+    known = {name: checkpoint[name] for name in KNOWN if name in checkpoint}
+    return checkpoint | {n: torch.tensor(v, dtype=torch.int64) for n, v in known.items()}
 
 
 def write_safetensors(

@@ -88,8 +88,8 @@ def restore_best(state: dict[str, Any], source: Path, best_path: Path) -> tuple[
         source: the file that `state` is from; the best model may lie beside it.
 
     Returns:
-        Its validation accuracy in percent and its epoch. Where it is lost, those of the last epoch,
-        whose model takes its place, or within an epoch -1 and 0.
+        Its validation accuracy in percent and its epoch. If it is lost: those of the last epoch,
+        whose model takes its place, or, if the run stopped within an epoch, -1 and 0.
     """
     acc, epoch = state["best"]["acc"], state["best"]["epoch"]
     if not epoch:

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import cannot_write
 from common.text import shell_command
 from data.dataset import as_pictures
-from utils import BatchLoader, Metrics
+from utils import BatchLoader
 from vit_model import ViT
 
 WRITTEN_EVERY = 20  # steps: a GPU is asked for their numbers together, so it need not wait at each
@@ -104,17 +104,11 @@ class EventLog:
             self._add_scalars(dict(zip(self._rate_names, lrs, strict=True)), step)
         self._flush()
 
-    def end_epoch(self, row: Mapping[str, Any], validation: Metrics) -> None:
-        """Write an epoch's numbers, under the names that history.json has for them.
-
-        Args:
-            row: of history.json, as far as it is of the training images.
-        """
+    def end_epoch(self, row: Mapping[str, Any]) -> None:
+        """Write an epoch's numbers, a row of history.json, under the names that they have there."""
         self.write()
-        numbers = {name: row[name] for name in ("train_loss", "train_acc")}
-        numbers |= {"val_loss": validation.loss, "val_acc": validation.top1}
-        numbers |= {"val_top5": validation.top5}
-        self._add_scalars({f"epoch/{name}": value for name, value in numbers.items()}, self.step)
+        names = ("train_loss", "train_acc", "val_loss", "val_acc", "val_top5")
+        self._add_scalars({f"epoch/{name}": row[name] for name in names}, self.step)
         self._flush()
 
     def finish(

@@ -12,7 +12,7 @@ from typing import Any
 from common.errors import UserError
 from data.catalog import NAMED_SETS
 from recipes import DATASET_SETTINGS, RECIPES
-from settings import Options, Settings
+from settings import Options, Settings, section_of
 
 # Sizes of the network that a trained model to start from fixes; its patches can be resampled.
 FIXED = ("embed_dim", "depth", "num_heads", "mlp_ratio", "pool", "pos_embed")
@@ -44,15 +44,11 @@ def check_data_flags(dataset: str, given: Mapping[str, Any]) -> None:
             f"--data_dir {given['data_dir']} has a folder of images for each class: give --dataset "
             "folder to train on them"
         )
-    idle = [f.name for f in fields(Options) if f.metadata["section"] == "folder"]
+    idle = dict.fromkeys(section_of(Options(), "folder"), "it is for --dataset folder")
     if NAMED_SETS[dataset].data_dir is None:
-        idle.append("data_dir")
-    for name in idle:
+        idle["data_dir"] = f"{NAMED_SETS[dataset].title} need no files"
+    for name, reason in idle.items():
         if name in given:
-            title = NAMED_SETS[dataset].title
-            reason = (
-                f"{title} need no files" if name == "data_dir" else "it is for --dataset folder"
-            )
             raise UserError(f"--{name} {given[name]} has no effect: {reason}; leave it out")
 
 
@@ -90,15 +86,12 @@ def resolve(
     if dataset in NAMED_SETS:
         img_size = NAMED_SETS[dataset].img_size
         if not NAMED_SETS[dataset].mirrors:
-            s = _never_mirrored(s, dataset, given)
+            why = f"gives mirrored images, and one of {dataset} may be of another class"
+            s = _without(s, "hflip", given, why)
     if not any(getattr(s, name) for name in DISTURBANCES):
         for name in ("keep_clean", "augmix"):
-            if given.get(name):
-                raise UserError(
-                    f"--{name} {given[name]} has no effect: --{', --'.join(DISTURBANCES)} are all "
-                    "off; leave it out, or give one of them"
-                )
-        s = replace(s, keep_clean=0.0, augmix=0.0)  # a recipe's
+            why = f"has no effect, as --{', --'.join(DISTURBANCES)} are all off"
+            s = _without(s, name, given, why)
     of_trained = _sizes_of_trained(trained, given, img_size) if trained else {}
     s = replace(s, **of_trained)
     if s.freeze == "backbone":
@@ -115,12 +108,8 @@ def resolve(
     if images and s.ema_decay and "ema_decay" not in given:
         s = replace(s, ema_decay=_short_enough(s.ema_decay, s.epochs * ceil(images / s.batch_size)))
     if s.epochs == 1:
-        if given.get("patch_drop"):
-            raise UserError(
-                f"--patch_drop {s.patch_drop} has no effect: the last third of the epochs sees "
-                "whole images, so the only one does; give more epochs, or leave it out"
-            )
-        s = replace(s, patch_drop=0.0)  # a recipe's
+        why = "has no effect unless there are more epochs, as the last third sees whole images"
+        s = _without(s, "patch_drop", given, why)
     if s.pos_embed == "sincos2d" and s.embed_dim % 4 != 0:
         raise UserError(
             f"--embed_dim {s.embed_dim} is not divisible by 4, as --pos_embed sincos2d wants it: "
@@ -134,12 +123,11 @@ def resolve(
     return s
 
 
-def _never_mirrored(s: Settings, dataset: str, given: Mapping[str, Any]) -> Settings:
-    if given.get("hflip"):
-        raise UserError(
-            f"--hflip: a mirrored image of {dataset} may be one of another class; leave it out"
-        )
-    return replace(s, hflip=0.0)  # a recipe's
+def _without(s: Settings, name: str, given: Mapping[str, Any], why: str) -> Settings:
+    """The settings with a recipe's `name` off. Raises UserError if it was given by hand."""
+    if given.get(name):
+        raise UserError(f"--{name} {given[name]} {why}: leave it out")
+    return replace(s, **{name: 0.0})
 
 
 def _fit_to_images(s: Settings, img_size: int, given: Mapping[str, Any]) -> Settings:
@@ -206,9 +194,4 @@ def _for_linear_probe(s: Settings, given: Mapping[str, Any]) -> Settings:
             "--freeze backbone: of a new model only the head would learn; name a trained one with "
             "--init_from"
         )
-    if given.get("dropout"):
-        raise UserError(
-            f"--dropout {given['dropout']} has no effect: with --freeze backbone there is none; "
-            "leave it out"
-        )
-    return replace(s, dropout=0.0)
+    return _without(s, "dropout", given, "has no effect with --freeze backbone")

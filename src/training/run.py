@@ -164,8 +164,8 @@ class Run:
         kept = (self.settings.ema_decay or 0) ** (self.settings.epochs * len(self.loaders[0]))
         if kept > 0.2:
             print(
-                f"note: the average of the weights, which is scored, will still be to {kept:.0%} "
-                "what they were at the start: lower --ema_decay or --batch_size, or raise --epochs",
+                f"note: {kept:.0%} of the averaged weights, which are scored, will still come from "
+                "the start: lower --ema_decay or --batch_size, or raise --epochs",
                 file=sys.stderr,
             )
 
@@ -293,13 +293,16 @@ class Run:
         row = {
             "epoch": self.epoch,
             **self._row,
+            "val_loss": validation.loss,
+            "val_acc": validation.top1,
+            "val_top5": validation.top5,
             "seconds": self._seconds(),
             "images_per_second": len(self.loaders[0].split) / self._train_seconds,
         }
         self.epochs_done, self.sums = self.epoch, EpochSums.zeros(self.optimizer, self.device)
         self._compile_seconds = 0.0
-        self.log.end_epoch(row, validation)
-        self.files.save_epoch(row, validation, self.sums)
+        self.log.end_epoch(row)
+        self.files.save_epoch(row, self.sums)
         self._print_epoch(row)
         if stop_signal := self._stop.after_step(self._signals.received):
             raise self._stopped(stop_signal)

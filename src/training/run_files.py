@@ -190,21 +190,20 @@ class RunFiles:
         self.nothing_saved, self.keeps_last = False, True
         self.world.share(None)  # none goes on before it is written
 
-    def save_epoch(self, row: dict[str, Any], validation: Metrics, sums: EpochSums) -> None:
+    def save_epoch(self, row: dict[str, Any], sums: EpochSums) -> None:
         """Write the best model if it is one, `last.pt`, history.json and TODO.md as one.
 
         Args:
-            row: of history.json, to which validation and state are added.
+            row: of history.json; `is_best` and `finished` are added.
             sums: of the next epoch: zeros.
         """
         epoch = row["epoch"]
         if epoch == self.settings.swa_start:
             self.best["acc"] = -1.0  # from here on it is the average that is to be the best
-        is_best, is_first_best = validation.top1 > self.best["acc"], not self.best["epoch"]
+        is_best, is_first_best = row["val_acc"] > self.best["acc"], not self.best["epoch"]
         if is_best:
-            self.best = {"epoch": epoch, "acc": validation.top1}
-        row |= {"val_loss": validation.loss, "val_acc": validation.top1}
-        row |= {"val_top5": validation.top5, "is_best": is_best, "finished": timestamp()}
+            self.best = {"epoch": epoch, "acc": row["val_acc"]}
+        row |= {"is_best": is_best, "finished": timestamp()}
         self.history["epochs"].append(row)
         self._make_way()
         with uninterrupted():

@@ -23,7 +23,7 @@ def check_resume(run, tmp_path, content: bytes) -> int:
     """Go on from it, to the end: 0, or 2 with one line that says why not."""
     (tmp_path / "hostile.pt").write_bytes(content)
     with bounded(memory=500 << 20):
-        flags = ["--output_dir", "outputs", "--todo_path", "TODO.md", "--data_dir", "mnist"]
+        flags = ["--output_dir", "outputs", "--todo_path", "TODO.md"]
         result = run(train.main, "--resume", "hostile.pt", "--device", "cpu", *flags)
     lines = result.err.splitlines()
     others = [line for line in lines if not line.startswith(("WARNING", "note"))]

@@ -381,20 +381,6 @@ def test_last_pt_is_a_checkpoint_too_but_no_other_checkpoint_is_a_run(run, stopp
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_which_epochs_were_the_best_is_worked_out_for_an_older_file(stopped, tmp_path):
-    state = read(stopped / LAST)
-    accuracies = [50.0, 60.0, 55.0, 58.0, 60.5]
-    (row,) = state["history"]
-    del row["is_best"]
-    state["history"] = [
-        {**row, "epoch": epoch, "val_acc": acc} for epoch, acc in enumerate(accuracies, 1)
-    ]
-    state["position"]["epoch"] = len(accuracies)
-    save_checkpoint(tmp_path / "older.pt", state)
-    rows = resume.load_last(tmp_path / "older.pt")[0]["history"]
-    assert [row["is_best"] for row in rows] == [True, True, False, False, True]
-
-
 @pytest.mark.parametrize(
     ("place", "changes"),
     [
