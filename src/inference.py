@@ -313,12 +313,12 @@ def write_page(task: Task) -> None:
 
 def load_images(task: Task, needed_by: str | None = None) -> Dataset | None:
     """The data set that the model was trained on; None, and a note, if it can't be had. Raises
-    UserError then if --data_dir names it, or a flag needs it.
+    UserError then if a flag needs it, or --data_dir names no folder.
     """
     try:
         return load_own_set(task.checkpoint, task.args.checkpoint, task.args.data_dir)
     except UserError as error:
-        if task.args.data_dir and not needed_by:
+        if task.args.data_dir and not os.path.isdir(task.args.data_dir) and not needed_by:
             raise
         if needed_by:
             raise UserError(f"{needed_by} needs training images: {error}") from None

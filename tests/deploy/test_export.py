@@ -187,6 +187,7 @@ def test_a_model_of_photos_is_exported_without_them_but_for_int8(run, photos):
     assert result.status == 0 and "nothing is measured" in result.err and "--data_dir" in result.err
     result = run(inference.main, *flags, path, "--quantize", "int8")
     assert_one_error_line(result, "--quantize int8", "training images", "--data_dir")
+    assert_one_error_line(run(inference.main, *flags, path, "--data_dir", "mine"), "mine")
     Path("mine/circle").mkdir(parents=True)
     for kind in ("circle", "star"):
         shutil.copytree(photos / "photos" / "circle", f"mine/{kind}", dirs_exist_ok=True)
