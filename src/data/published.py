@@ -32,6 +32,11 @@ def open_files(row: NamedSet, data_dir: str | Path) -> Iterator[list[BinaryIO]]:
         yield [stack.enter_context(_open_checked(file, Path(data_dir))) for file in row.files]
 
 
+def has_files(row: NamedSet, data_dir: str | Path) -> bool:
+    """Whether any of a data set's files is there."""
+    return any(_find(file, Path(data_dir)) for file in row.files)
+
+
 def read_unpacked(file: BinaryIO, limit: int) -> bytes:
     """What an open file holds, unpacked if its name ends in .gz or .bz2. Raises UserError if that
     is more than `limit` bytes.

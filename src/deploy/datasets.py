@@ -15,6 +15,7 @@ from data.dataset import Dataset, Split
 from data.folder import load_labelled, without_known
 from data.listing import list_labelled, refuse_unknown, some
 from data.load import load_dataset
+from data.published import has_files
 from deploy.digit_image import read_digits
 from deploy.picture_files import read_each
 from deploy.predict import check_image_shape
@@ -99,7 +100,7 @@ def is_labelled(data_dir: str | Path, checkpoint: dict[str, Any]) -> bool:
     except UserError:  # whoever reads the data set there says what is wrong
         return False
     named = NAMED_SETS.get(checkpoint["source"])
-    is_own = named and any(Path(data_dir, file.path).parent.is_dir() for file in named.files)
+    is_own = named is not None and has_files(named, data_dir)
     known = not set(listing.classes["test"]).isdisjoint(checkpoint["class_names"])
     return known or (bool(listing.files) and not is_own)
 
