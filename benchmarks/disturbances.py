@@ -36,16 +36,22 @@ from vit_model import ViT
 EXAMPLES, DPI = 18, 150  # images in a row of the picture; its dots an inch, two for each pixel
 
 
-def draw_picture(rows: Mapping[str, Tensor], left: float = 2.1) -> Figure:
-    """A row of images (n, 1, 28, 28) under each name; `left`: inches for the names."""
+def draw_picture(
+    rows: Mapping[str, Tensor], title: str, left: float = 2.1, above: float = 0.4
+) -> Figure:
+    """A row of images (n, 1, 28, 28) beside each name; `left`: inches for the names, `above`: for
+    the title.
+    """
     tiles = [
         np.pad(images[:, 0], ((0, 0), (1, 1), (1, 1)), constant_values=1)
         for images in rows.values()
     ]
     whole = np.vstack([np.hstack(row) for row in tiles])
     height, width = (2 * side / DPI for side in whole.shape)
-    figure = Figure(figsize=(left + width, height), dpi=DPI)
-    axes = figure.add_axes((left / (left + width), 0, width / (left + width), 1))
+    figure = Figure(figsize=(left + width, height + above), dpi=DPI)
+    figure.text(0.5, 1 - above / 2 / (height + above), title, ha="center", va="center", size=10)
+    share = height / (height + above)
+    axes = figure.add_axes((left / (left + width), 0, width / (left + width), share))
     axes.imshow(whole, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     side = len(whole) / len(rows)
     axes.set_yticks([side * (number + 0.5) for number in range(len(rows))], labels=list(rows))
@@ -130,7 +136,8 @@ def main() -> None:
     if args.picture:
         images = split.images[:EXAMPLES].float() / 255
         rows = examples(images, augment, torch.Generator().manual_seed(0))
-        figures.save(draw_picture(rows), args.picture)
+        title = f"What the recipe {args.recipe} does to light and strokes in training"
+        figures.save(draw_picture(rows, title), args.picture)
         print(f"\nSaved {args.picture}")
 
 

@@ -127,7 +127,7 @@ def test_every_change_of_light_and_stroke_is_in_the_picture(bench, tmp_path):
     rows = disturbances.examples(digits, augment, torch.Generator().manual_seed(0))
     kinds = [f"{family}: {kind}" for family, kinds in FAMILIES.items() for kind in kinds]
     together = ["the recipe's shares", "the same again", "mixed (AugMix)"]
-    (axes,) = disturbances.draw_picture(rows).axes
+    (axes,) = disturbances.draw_picture(rows, "a title").axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "unchanged",
         *kinds,

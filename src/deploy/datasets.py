@@ -92,8 +92,8 @@ def load_own_set(
 
 
 def is_labelled(data_dir: str | Path, checkpoint: dict[str, Any]) -> bool:
-    """Whether a folder has a folder of pictures for each class, and is not where the files of the
-    model's own data set are.
+    """Whether a folder has folders of pictures by class, of the model's classes or of others where
+    the files of its own data set are not.
     """
     try:
         listing = list_labelled(data_dir)
