@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from common import startup
 from common.errors import PeerLostError, Stopped, UserError, is_out_of_memory
@@ -52,6 +53,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(message.removeprefix("argument "))
+
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of --help and --version one copy will do
+            super()._print_message(message, file)
 
 
 def integer(minimum: int, maximum: int = 2**31) -> Callable[[str], int]:

@@ -1,5 +1,6 @@
 """The version stands in one place, and everything that tells it has it from there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ def test_scripts_print_it_without_any_package(script):
     command = [sys.executable, "-S", ROOT / "src" / script, "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"vit-mnist {VERSION}\n", "")
+    other = {**os.environ, "LOCAL_RANK": "1"}  # of several processes one prints
+    assert subprocess.run(command, capture_output=True, text=True, env=other).stdout == ""
 
 
 def test_a_run_tells_it(trained):
