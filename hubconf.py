@@ -14,7 +14,7 @@ dependencies = ["torch"]
 
 
 def vit_mnist() -> torch.nn.Module:
-    """The pretrained Vision Transformer, trained on MNIST (99.59 % of its test images).
+    """The pretrained Vision Transformer, trained on MNIST (99.60 % of its test images).
 
     Shape: float32 (B, 1, 28, 28) -> logits (B, 10), one for each digit.
 
