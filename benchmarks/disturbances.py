@@ -34,24 +34,22 @@ from utils import Batch
 from vit_model import ViT
 
 EXAMPLES, DPI = 18, 150  # images in a row of the picture; its dots an inch, two for each pixel
+LEFT, ABOVE = 2.1, 0.4  # inches for the names of the rows, and for the title
 
 
-def draw_picture(
-    rows: Mapping[str, Tensor], title: str, left: float = 2.1, above: float = 0.4
-) -> Figure:
-    """A row of images (n, 1, 28, 28) beside each name; `left`: inches for the names, `above`: for
-    the title.
-    """
+def draw_picture(rows: Mapping[str, Tensor], title: str) -> Figure:
+    """A row of images (n, 1, 28, 28) beside each name."""
     tiles = [
         np.pad(images[:, 0], ((0, 0), (1, 1), (1, 1)), constant_values=1)
         for images in rows.values()
     ]
     whole = np.vstack([np.hstack(row) for row in tiles])
     height, width = (2 * side / DPI for side in whole.shape)
-    figure = Figure(figsize=(left + width, height + above), dpi=DPI)
-    figure.text(0.5, 1 - above / 2 / (height + above), title, ha="center", va="center", size=10)
-    share = height / (height + above)
-    axes = figure.add_axes((left / (left + width), 0, width / (left + width), share))
+    whole_width, whole_height = LEFT + width, height + ABOVE
+    figure = Figure(figsize=(whole_width, whole_height), dpi=DPI)
+    figure.text(0.5, 1 - ABOVE / 2 / whole_height, title, ha="center", va="center", size=10)
+    place = LEFT / whole_width, 0, width / whole_width, height / whole_height
+    axes = figure.add_axes(place)
     axes.imshow(whole, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     side = len(whole) / len(rows)
     axes.set_yticks([side * (number + 0.5) for number in range(len(rows))], labels=list(rows))

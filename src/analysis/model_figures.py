@@ -300,11 +300,11 @@ def apart(spots: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Move the middles (n, 2) of boxes with these widths and heights (n, 2) within [0, 1] until no
     two overlap, or for 500 rounds; each time along the way on which less is missing."""
     spots = spots + 1e-6 * np.arange(len(spots))[:, None]  # equal ones have no direction to move
-    room = (boxes[:, None] + boxes) / 2
+    room, others = (boxes[:, None] + boxes) / 2, ~np.eye(len(spots), dtype=bool)
     for _ in range(500):
         away = spots[:, None] - spots  # (n, n, 2)
         missing = room - np.abs(away)
-        overlap = (missing > 0).all(axis=2) & ~np.eye(len(spots), dtype=bool)
+        overlap = (missing > 0).all(axis=2) & others
         if not overlap.any():
             break
         way = np.eye(2)[missing.argmin(axis=2)] * overlap[..., None]

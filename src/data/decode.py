@@ -31,6 +31,7 @@ MIN_SIDE = 2  # pixels; what is a pixel wide counts visits of a page, and shows 
 DRAFT = 3
 MAX_TOGETHER, BYTES_TOGETHER = 64, 2**20  # files, and their pixels, for which a process is asked
 SRC = Path(__file__).resolve().parents[1]
+# How the reasons begin that lie in a file itself, unless its reader was killed.
 LASTING = ("cannot be read: damaged", "is too large", "is too small", "ended the process")
 KILLED = "(status -9)"  # by the system, as where memory is short
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from data import decode; decode.serve()"

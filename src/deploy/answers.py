@@ -49,10 +49,10 @@ def as_csv(result: dict[str, Any], words: Words) -> str:
     is_read = words is not PICTURE  # its digits or letters are found, each with its place
     box = ["left", "top", "right", "bottom"]
     columns = [words.one, "prediction", *box] if is_read else ["prediction", "confidence"]
-    columns = ["image", *columns, words.strange_key, "error"]
-    # A class may be called as a column is.
-    names = [f"class {name}" if name in columns else name for name in result["class_names"]]
-    columns[-1:-1] = names
+    columns = ["image", *columns, words.strange_key]
+    taken = (*columns, "error")  # a class may be called as one of these
+    columns += [f"class {name}" if name in taken else name for name in result["class_names"]]
+    columns.append("error")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

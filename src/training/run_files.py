@@ -55,6 +55,7 @@ class RunFiles:
             there is none.
         history: what history.json holds.
         nothing_saved: whether this run has saved nothing in its folder yet.
+        makes_way: whether another run's files in its folder are still to be looked at.
         keeps_last: whether the next save keeps the `last.pt` that is there.
     """
 
@@ -81,6 +82,7 @@ class RunFiles:
         self.best: dict[str, Any] = {"epoch": 0, "acc": -1.0}
         is_here = saved is not None and saved.is_in(options.save_dir)
         self.nothing_saved = not is_here
+        self.makes_way = not is_here
         # Not an earlier run's; nor a damaged one, which would take the place of last.prev.pt.
         self.keeps_last = is_here and saved.path.name != PREVIOUS
         settings = {
@@ -140,9 +142,10 @@ class RunFiles:
 
     def _make_way(self) -> None:
         """Before anything is written: move another run's files if it could go on."""
-        if self.nothing_saved and self.world.leads:
+        if self.makes_way and self.world.leads:
             with uninterrupted():
                 resume.set_unfinished_aside(self.paths.folder, self.saved)
+        self.makes_way = False
 
     # ------------------------------------------------------------------------------- checkpoints
 
