@@ -9,7 +9,15 @@ from conftest import ROOT, needs_cuda
 from torch import nn
 
 import vit_model
-from vit_model import Attention, Dropout, PatchEmbed, TransformerBlock, ViT, count_parameters
+from vit_model import (
+    Attention,
+    Dropout,
+    PatchEmbed,
+    TransformerBlock,
+    ViT,
+    count_parameters,
+    random_words,
+)
 
 BLOCK = {
     "norm1.weight": (96,),
@@ -184,6 +192,22 @@ def test_dropout_drops_p_of_the_values_and_scales_the_rest(p, exact):
 def deviation(values: torch.Tensor) -> float:
     """Four standard deviations of the mean of so many values that are 0 or 1."""
     return 4 * values.float().std().item() / math.sqrt(values.numel())
+
+
+def test_random_words_are_spread_evenly_and_the_same_with_any_number_of_threads():
+    torch.manual_seed(0)
+    draws = [random_words(200_000) for _ in range(40)]
+    for byte in torch.cat(draws).view(torch.uint8).view(-1, 4).unbind(1):
+        counts, expected = byte.long().bincount(minlength=256), len(byte) / 256
+        chi_square = ((counts - expected) ** 2 / expected).sum().item()
+        assert abs(chi_square - 255) < 4 * math.sqrt(2 * 255)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        torch.manual_seed(0)
+        assert torch.equal(random_words(200_000), draws[0])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_dropout_is_unbiased_in_bf16_too():
