@@ -30,6 +30,7 @@ SETTINGS = {
     "libgomp's own": {"GOMP_SPINCOUNT": "300000"},  # which src/common/startup.py replaces
     "GOMP_SPINCOUNT=500": {"GOMP_SPINCOUNT": "500"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=1500": {"GOMP_SPINCOUNT": "1500"},
     "GOMP_SPINCOUNT=2000": {"GOMP_SPINCOUNT": "2000"},
     "GOMP_SPINCOUNT=5000": {"GOMP_SPINCOUNT": "5000"},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},

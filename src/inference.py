@@ -346,13 +346,14 @@ def read_pictures(task: Task) -> None:
     answers = answer_files(task.model, task.checkpoint, names, task.args.single)
     about = {name: task.checkpoint[name] for name in ("dataset", "class_names")}
     result = {"checkpoint": task.args.checkpoint, **about, "images": answers}
-    all_read = show(result, task.args.format, words)
-    if any("prediction" in row for row in answers):
+    some_read = any("prediction" in row for row in answers)
+    if some_read:
         write_json(task.args.output, result)
-        if not all_read and task.args.format == "text":
-            print(f"Written: {task.args.output}")
-    if not all_read:
-        sys.exit(2)
+    if show(result, task.args.format, words):
+        return
+    if some_read and task.args.format == "text":
+        print(f"Written: {task.args.output}")
+    sys.exit(2)
 
 
 MODES: dict[str, Callable[[Task], None]] = {

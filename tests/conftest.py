@@ -166,6 +166,16 @@ def history(folder: str | Path = "checkpoints") -> dict:
     return json.loads(Path(folder, "history.json").read_text())
 
 
+def comparable(value):
+    """What a checkpoint holds, to the last bit; times aside."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        times = ("seconds", "images_per_second", "finished")
+        return {key: comparable(each) for key, each in value.items() if key not in times}
+    return [comparable(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
 def work(folder, flags, environment, die_at=None, limit=None, output=None) -> None:
     """What a process of `start` does."""
     import resource

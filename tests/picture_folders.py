@@ -72,7 +72,8 @@ def draw_odd_folder(folder: Path) -> Path:
     disc.save(folder / "disc" / "turned.JPEG", exif=exif)
     (folder / "empty").mkdir()
     (folder / "empty" / "README.txt").write_text("soon\n")
-    for name in (".DS_Store", "Thumbs.db", "disc/.hidden.png", "__MACOSX/disc/._0.jpg"):
+    litter = "__MACOSX/disc/._0.jpg", "lost+found/a.png"
+    for name in (".DS_Store", "Thumbs.db", "disc/.hidden.png", *litter):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\0")
     return folder

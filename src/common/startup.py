@@ -16,8 +16,8 @@ from pathlib import Path
 
 # Rounds that a thread of libgomp spins at a barrier before it sleeps. With its own 300,000 the
 # threads of a step compete for the cores with the one that they wait for, where another program
-# has taken one; 2,000 are enough while all cores are free.
-SPIN_COUNT = 2000
+# has taken one; 1,500 are enough while all cores are free.
+SPIN_COUNT = 1500
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 STAT = Path("/proc/stat")
 SCRIPTS = [Path(__file__).resolve().parents[2] / name for name in ("src", "benchmarks")]

@@ -1,6 +1,7 @@
 """Text that others wrote, such as the names of files, made fit to be shown or typed."""
 
 import os
+import re
 import shlex
 import subprocess
 import unicodedata
@@ -10,6 +11,11 @@ from collections.abc import Sequence
 def printable(text: str) -> str:
     """The text with "?" in place of line breaks, of codes that control a terminal, and the like."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def whole(text: str) -> str:
+    """The text with "\ufffd" for the bytes of a file's name that are no text."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def composed(name: str) -> str:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,8 +82,17 @@ def _hash(data: bytes) -> str:
 
 def can_write(place: Place, *, wanted: bool) -> bool:
     """Whether a cache can be written. Raises UserError if not, and it is `wanted` there."""
-    try:
+    with _saving(wanted):
         check_writable(place.array)
+        return True
+    return False
+
+
+@contextmanager
+def _saving(wanted: bool) -> Iterator[None]:
+    """A note on stderr is enough if a cache can't be written, unless it is `wanted`."""
+    try:
+        yield
     except UserError as error:
         if wanted:
             raise
@@ -93,32 +102,34 @@ def can_write(place: Place, *, wanted: bool) -> bool:
             "keep them in",
             file=sys.stderr,
         )
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------- read
 
 
-def load(place: Place, num_files: int, img_size: int | None, in_chans: int | None) -> Cached | None:
+def load(
+    place: Place, data_dir: Path, files: Sequence[str], img_size: int | None, in_chans: int | None
+) -> Cached | None:
     """The cache, mapped into memory; None, with a note on stderr, if what is there is of other
     files or settings, of another version or damaged, and without one if nothing is there.
 
     Args:
-        num_files: how many files are listed.
+        files: all that are listed in `data_dir`.
         img_size: side of the images; None: it was found from the images.
         in_chans: their channels; None: the same.
     """
     if os.path.exists(place.index) or os.path.exists(place.array):
         try:
-            index, images = _read(place, num_files)
+            index, images = _read(place, len(files))
         except Exception:  # whatever a damaged file brings up
             _note(place, "is damaged or half written")
             return None
         if index["version"] != VERSION:
             _note(place, "is of another version of this project")
             return None
-        if not all(isinstance(a, int) or lies_in_the_file(a) for a in index["answers"]):
+        answers = zip(files, index["answers"], strict=True)
+        refused = [name for name, a in answers if isinstance(a, str) and not lies_in_the_file(a)]
+        if any(_can_open(data_dir / name) for name in refused):
             _note(place, "lacks images that could not be read when it was made")
             return None
         # What was found from the images does for who asks for just that.
@@ -129,6 +140,15 @@ def load(place: Place, num_files: int, img_size: int | None, in_chans: int | Non
         return None
     _note(place, "is of other files or settings")
     return None
+
+
+def _can_open(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
 
 
 def _read(place: Place, num_files: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -222,14 +242,29 @@ def save(
     order: np.ndarray,
     img_size: int | None,
     in_chans: int | None,
-) -> None:
-    """Write a cache, and remove the others of the same folder of images. Raises UserError if it
-    can't be written.
+    *,
+    wanted: bool,
+) -> bool:
+    """Write a cache, and remove the others of the same folder of images; whether that was done.
+    Raises UserError if not, and it is `wanted` there.
 
     Args:
         images: (n, C, S, S), of which those at `order` are written.
         img_size, in_chans: what was asked for, see `load`.
     """
+    with _saving(wanted):
+        _write(place, answers, images, order, [img_size, in_chans])
+        return True
+    return False
+
+
+def _write(
+    place: Place,
+    answers: list[int | str],
+    images: np.ndarray,
+    order: np.ndarray,
+    sizes: list[int | None],
+) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(order), *images.shape[1:])}
     checksum, step = 0, _step(images)
     with atomic_write(place.array) as temporary, open(temporary, "wb") as file:
@@ -238,7 +273,7 @@ def save(
             part = np.ascontiguousarray(images[order[start : start + step]])
             checksum = zlib.crc32(part, checksum)
             file.write(part)
-    index = {"version": VERSION, "crc32": checksum, "sizes": [img_size, in_chans]}
+    index = {"version": VERSION, "crc32": checksum, "sizes": sizes}
     text = json.dumps({**index, "answers": answers})
     write_text(place.index, f"{zlib.crc32(text.encode()):08x}\n{text}")
     now = time.time()

@@ -33,6 +33,7 @@ MAX_TOGETHER, BYTES_TOGETHER = 64, 2**20  # files, and their pixels, for which a
 SRC = Path(__file__).resolve().parents[1]
 # How the reasons begin that lie in a file itself, unless its reader was killed.
 LASTING = ("cannot be read: damaged", "is too large", "is too small", "ended the process")
+READY = b"ready\n"  # the first line that a reader's answers follow
 KILLED = "(status -9)"  # by the system, as where memory is short
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from data import decode; decode.serve()"
 
@@ -87,7 +88,7 @@ def decode_files(paths: Sequence[str], **how: Any) -> Iterator[Picture | str]:
     together = BYTES_TOGETHER // (3 * how["img_size"] ** 2)
     together = max(1, min(MAX_TOGETHER, together))
     parts = [paths[i : i + together] for i in range(0, len(paths), together)]
-    readers = [_Reader(how) for _ in range(min(startup.cores(), len(parts)))]
+    readers = _start_readers(min(startup.cores(), len(parts)), how)
     idle = list(readers)
 
     def read(part: Sequence[str]) -> list[Picture | str]:
@@ -110,6 +111,20 @@ def decode_files(paths: Sequence[str], **how: Any) -> Iterator[Picture | str]:
                 reader.stop()
 
 
+def _start_readers(count: int, how: dict[str, Any]) -> list["_Reader"]:
+    """So many readers, or as many as the system allows. Raises UserError if it allows none."""
+    readers = []
+    for _ in range(count):
+        try:
+            readers.append(_Reader(how))
+        except OSError as error:
+            if not readers:
+                reason = error.strerror or error
+                raise UserError(f"no process to read images can be started: {reason}") from None
+            break
+    return readers
+
+
 class _Reader:
     """A process that reads files, and is replaced if it dies of one."""
 
@@ -118,6 +133,7 @@ class _Reader:
         self._start()
 
     def _start(self) -> None:
+        self._ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM, str(SRC)],
             stdin=subprocess.PIPE,
@@ -142,6 +158,8 @@ class _Reader:
     def _ask(self, paths: Sequence[str]) -> list[Picture | str]:
         self._process.stdin.write(json.dumps([paths, self._how]).encode() + b"\n")
         self._process.stdin.flush()
+        while not self._ready:  # what a site's own start-up code prints comes before
+            self._ready = self._read(None) == READY
         answers, side = [], self._how["img_size"]
         for answer in json.loads(self._read(None)):
             if isinstance(answer, list):
@@ -175,6 +193,10 @@ class _Reader:
 
 def serve() -> None:
     """What such a process does: answer what `_Reader` asks, until there is no more of it."""
+    output = open(os.dup(1), "wb")  # noqa: SIM115 as long as the process lives
+    os.dup2(2, 1)  # for all else that prints
+    output.write(b"\n" + READY)
+    output.flush()
     for line in sys.stdin:
         paths, how = json.loads(line)
         answers, pixels = [], []
@@ -189,7 +211,7 @@ def serve() -> None:
                 answers.append([picture.hash, picture.size, len(picture.pixels)])
                 pixels.append(picture.pixels.tobytes())
         try:
-            sys.stdout.buffer.write(b"".join([json.dumps(answers).encode(), b"\n", *pixels]))
-            sys.stdout.buffer.flush()
+            output.write(b"".join([json.dumps(answers).encode(), b"\n", *pixels]))
+            output.flush()
         except BrokenPipeError:  # who asked is gone; without Python's own words on that
             os._exit(1)

@@ -61,6 +61,7 @@ def load_folder(
     val_split: float | None = None,
     test_split: float | None = None,
     cache_dir: str | Path | None = None,
+    keep: bool = True,
 ) -> Dataset:
     """The images in `data_dir`, in `train/<class>/`, with `val` (or `valid`) and `test` beside it
     or, where one is not there, a share of the training images of each class in its place; or in
@@ -80,6 +81,7 @@ def load_folder(
         val_split: share of the images to validate; None: 0.1 if there is no folder of them.
         test_split: the same of those to test.
         cache_dir: where the cache is; None: in `data_dir`.
+        keep: write a cache where there is none.
     """
     listing = list_images(data_dir)
     shares = _shares(listing, val_split, test_split)
@@ -87,10 +89,11 @@ def load_folder(
     how = {"img_size": img_size, "in_chans": in_chans, "resize": resize}
     files = [(file.path, file.size, file.mtime_ns) for file in listing.files]
     place = cache.find_place(listing.folder, cache_dir, [resize, shares, files])
-    cached = cache.load(place, len(files), img_size, in_chans)
+    names, wanted = [file.path for file in listing.files], cache_dir is not None
+    cached = cache.load(place, listing.folder, names, img_size, in_chans)
     if cached is None:
-        kept = cache.can_write(place, wanted=cache_dir is not None)
-        cached = _read_all(listing, place if kept else None, shares, how)
+        kept = keep and cache.can_write(place, wanted=wanted)
+        cached = _read_all(listing, place if kept else None, shares, how, wanted=wanted)
     else:
         _tell_refused(listing, cached.answers)
     arrangement = _arrange(listing, cached.answers, shares)
@@ -291,9 +294,16 @@ def _counts(total: int, shares: list[float]) -> list[int]:
 
 
 def _read_all(
-    listing: Listing, place: cache.Place | None, shares: list[float], how: Mapping[str, Any]
+    listing: Listing,
+    place: cache.Place | None,
+    shares: list[float],
+    how: Mapping[str, Any],
+    *,
+    wanted: bool,
 ) -> cache.Cached:
-    """Decode all images, into a cache or, without a place for it, into memory."""
+    """Decode all images, into a cache or, without a place for it, into memory. Raises UserError if
+    the cache can't be written and is `wanted`.
+    """
     sample = listing.files[:: 1 + len(listing.files) // SAMPLE]
     paths = [listing.folder / file.path for file in sample]
     guess = how["img_size"] or _choose_side([size for size in map(stored_size, paths) if size])
@@ -307,9 +317,9 @@ def _read_all(
         # In the spool are only the files that are used.
         order = np.cumsum([isinstance(answer, int) for answer in answers])[order] - 1
         images = spool.images(how["in_chans"] or 3, side, side)[:, :in_chans]
-        if place is None:
+        asked = how["img_size"], how["in_chans"]
+        if place is None or not cache.save(place, answers, images, order, *asked, wanted=wanted):
             return cache.Cached(answers, np.ascontiguousarray(images[order]))
-        cache.save(place, answers, images, order, how["img_size"], how["in_chans"])
     try:
         images = np.lib.format.open_memmap(place.array, mode="c")
     except FileNotFoundError:

@@ -17,6 +17,7 @@ PART_NAMES = {"train": "train", "val": "val", "valid": "val", "test": "test"}  #
 MAX_NAME = 100  # characters of a class's name; a checkpoint takes no longer ones
 # Left by systems in any folder; so are hidden files, such as .DS_Store.
 LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+LITTER |= {"lost+found", "System Volume Information", "$RECYCLE.BIN"}  # in the root of a volume
 
 
 class ImageFile(NamedTuple):

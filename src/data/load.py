@@ -1,6 +1,7 @@
 """A data set by its name."""
 
 import sys
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -71,10 +72,18 @@ def load_dataset(
 def load_on_all_processes(
     name: str, data_dir: str | Path | None, folder: Mapping[str, Any], world: World
 ) -> Dataset:
-    """`load_dataset`, the same in all processes; one on each machine downloads it."""
+    """`load_dataset`, the same in all processes; one on each machine downloads it. Raises UserError
+    if they found different images.
+    """
     dataset = load_dataset(name, data_dir, folder) if world.leads else None
     name = world.share(dataset and dataset.source)
     if world.rank and world.local_rank == 0:
         dataset = load_dataset(name, data_dir, folder)
     world.gather(None)  # by now it is on every machine
-    return dataset or load_dataset(name, data_dir, folder)
+    dataset = dataset or load_dataset(name, data_dir, folder)
+    marks = [dataset.trained_on, dataset.tested_on]
+    marks = [None if mark is None else zlib.crc32(mark.numpy()) for mark in marks]
+    found = world.gather((dataset.class_names, dataset.image_shape, *marks))
+    if any(each != found[0] for each in found):
+        raise UserError(f"the images in {data_dir} changed while they were read: start again")
+    return dataset

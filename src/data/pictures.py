@@ -74,11 +74,11 @@ def read_picture(
             f"{what} is too large: expected at most {MAX_PIXELS // 10**6} million pixels; "
             "scale it down"
         ) from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from None
     except (MemoryError, UserError):
         raise
-    except Exception:  # Pillow's decoders raise whatever comes on damaged files
+    except Exception as error:  # Pillow's decoders raise whatever comes on damaged files
+        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+            raise UserError(f"{what} cannot be read: {error.strerror}") from None
         raise UserError(
             f"{what} cannot be read: damaged, or none of {', '.join(FORMATS)}; "
             "give a PNG or JPEG file"

@@ -6,12 +6,11 @@ Needs no PyTorch: flags.py names the formats in its help.
 import csv
 import io
 import json
-import os
 import sys
 from typing import Any
 
 from analysis.words import PICTURE, Words
-from common.text import printable
+from common.text import printable, whole
 
 SHOWN = 3  # classes that a picture's line names, the likeliest
 
@@ -35,8 +34,7 @@ def as_text(result: dict[str, Any], words: Words) -> str:
             likeliest = sorted(row["probabilities"].items(), key=lambda each: -each[1])[:SHOWN]
             shown = ", ".join(share(*each) for each in likeliest)
             shown += f": {words.strange}" if row[words.strange_key] else ""
-        name = printable(os.fsencode(row["image"]).decode(errors="replace"))
-        lines.append(f"{name}: {shown}\n")
+        lines.append(f"{printable(whole(row['image']))}: {shown}\n")
     return "".join(lines)
 
 
@@ -74,9 +72,7 @@ FORMATS = {"text": as_text, "json": as_json, "csv": as_csv}
 
 def show(result: dict[str, Any], form: str, words: Words) -> bool:
     """Print the answers to stdout and the errors to stderr. Returns whether all were read."""
-    text = FORMATS[form](result, words)
-    # A file's name may have bytes that are not text.
-    print(os.fsencode(text).decode(errors="replace"), end="", flush=True)
+    print(whole(FORMATS[form](result, words)), end="", flush=True)
     errors = [row["error"] for row in result["images"] if "error" in row]
     for error in errors:
         print(f"error: {error}", file=sys.stderr)

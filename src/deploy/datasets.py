@@ -73,10 +73,12 @@ def load_own_set(
         for name in ("val_split", "test_split"):  # as in training, so that the parts are the same
             share = checkpoint["settings"].get(name)
             folder[name] = share if isinstance(share, float) and 0 < share < 1 else None
-    elif data_dir and source in NAMED_SETS and NAMED_SETS[source].data_dir is None:
+        folder["keep"] = False  # the cache of training may be elsewhere
+    elif data_dir and (row := NAMED_SETS.get(source)) and not has_files(row, data_dir):
+        files = f"{row.title} need no files" if row.data_dir is None else f"no file of {row.title}"
         raise UserError(
             f"--data_dir {data_dir} has no folder of pictures for any of {some(class_names, 10)}, "
-            f"and {NAMED_SETS[source].title} need no files: leave it out, or name one that has"
+            f"and {files}: leave it out, or name one that has"
         )
     dataset = load_dataset(source, data_dir, folder)
     found = list(dataset.class_names)

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -33,6 +34,9 @@ from vit_model import ViT
 
 FILES = {f"/{name}": name for name in ("icon.svg", "script.js", "server.js", "style.css")}
 FILES["/"] = "index.html"
+# By itself Python asks the system, and some say that a script is text, which no browser runs.
+MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+MEDIA_TYPES |= {".svg": "image/svg+xml"}
 MAX_MB = 10  # of a picture; also in script.js, which does not send a larger one
 MAX_DISCARDED_MB = 200  # read of a larger one, so that its sender gets the answer
 MAX_SECONDS = 30  # to receive a picture
@@ -80,9 +84,10 @@ def make_app(model: ViT, checkpoint: dict[str, Any], hosts: Collection[str]) -> 
         except UserError as error:
             raise HTTPException(422, str(error)) from None
 
-    routes = [
-        Route(path, lambda _, name=name: FileResponse(PAGE / name)) for path, name in FILES.items()
-    ]
+    def file(name: str) -> FileResponse:
+        return FileResponse(PAGE / name, media_type=MEDIA_TYPES[Path(name).suffix])
+
+    routes = [Route(path, lambda _, name=name: file(name)) for path, name in FILES.items()]
     routes += [Route("/model", tell), Route("/predict", read, methods=["POST"])]
     return Starlette(
         routes=routes,

@@ -5,7 +5,7 @@ import json
 import statistics
 import tempfile
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from analysis.words import PREPARED
 from common.errors import UserError
 from data.dataset import Split, per_channel
 from saving.checkpoint import image_shape
+from utils import images_at_once
 from vit_model import ViT
 
 # Largest difference of an output from PyTorch's. int8 has no such limit: its classes are compared.
@@ -121,20 +122,19 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     return half.model
 
 
-def to_int8(model: onnx.ModelProto, images: Tensor) -> onnx.ModelProto:
+def to_int8(model: onnx.ModelProto, batches: Iterator[Tensor]) -> onnx.ModelProto:
     """The model with 8-bit products of activations and weights, by ONNX Runtime's static quantizer.
 
     Each column of a weight has a scale of its own; the two products within attention stay in fp32.
 
     Args:
-        images: (n, C, S, S), as the network takes them; they set the activations' ranges.
+        batches: of images (n, C, S, S), as the network takes them, for the activations' ranges.
     """
 
     class Batches(CalibrationDataReader):
-        batches = iter([{"input": batch.numpy()} for batch in images.split(100)])
-
         def get_next(self) -> dict[str, Any] | None:
-            return next(self.batches, None)
+            batch = next(batches, None)
+            return batch if batch is None else {"input": batch.numpy()}
 
     weights = {tensor.name for tensor in model.graph.initializer}
     attention = [
@@ -198,20 +198,26 @@ class Exported:
     prepare: Callable[[Tensor], Tensor]  # from uint8 pixels to what both take
     image_shape: tuple[int, int, int]
 
+    @property
+    def batches(self) -> tuple[int, int, int]:
+        """Sizes of batches to compare the two on; large images need much memory."""
+        return 1, 7, min(128, 7 + images_at_once(self.image_shape[-1]))
+
     def random_images(self, batch: int) -> Tensor:
         return self.prepare(torch.randint(256, (batch, *self.image_shape), dtype=torch.uint8))
 
     @torch.inference_mode()
     def largest_difference(self) -> float:
-        """Of an output from PyTorch's, over batches of 1, 7 and 128 random images."""
-        batches = [self.random_images(batch) for batch in (1, 7, 128)]
+        """Of an output from PyTorch's, over batches of random images."""
+        batches = [self.random_images(batch) for batch in self.batches]
         differences = [(self.file(x) - self.network(x)).abs().max() for x in batches]
         return float(torch.stack(differences).max())  # NaN if there is one
 
     @torch.inference_mode()
     def classes(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """PyTorch's and the file's class (n,) of each image, uint8 (n, C, S, S)."""
-        batches = tqdm(images.split(500), "validating", disable=None, leave=False)
+        parts = images.split(images_at_once(self.image_shape[-1]))
+        batches = tqdm(parts, "validating", disable=None, leave=False)
         pairs = [(self.network(x), self.file(x)) for x in map(self.prepare, batches)]
         expected, found = (torch.cat(outputs).argmax(1) for outputs in zip(*pairs, strict=True))
         return expected, found
@@ -261,7 +267,7 @@ def export(
         if precision == "fp16":
             exported = to_half(exported)
         if precision == "int8":
-            exported = to_int8(exported, prepare(int8_images))
+            exported = to_int8(exported, map(prepare, int8_images.split(100)))
         content = to_bytes(exported, metadata)
         file = onnx_session(content)
     return Exported(content, file, network, prepare, shape)
@@ -283,7 +289,9 @@ def compare(exported: Exported, precision: str, name: str, val: Split | None) ->
     notes = []
     if precision in TOLERANCE:
         difference = exported.largest_difference()
-        notes += [f"largest difference from PyTorch on batches of 1, 7 and 128: {difference:.1e}"]
+        few, some, many = exported.batches
+        batches = f"batches of {few}, {some} and {many}"
+        notes += [f"largest difference from PyTorch on {batches}: {difference:.1e}"]
         if not difference <= TOLERANCE[precision]:
             raise UserError(
                 f"{name} in {precision} differs from PyTorch by {difference:.1e}, expected at most "

@@ -11,7 +11,7 @@ from conftest import ROOT, posix
 
 from common import files
 from common.errors import UserError
-from common.signals import uninterrupted
+from common.signals import StopSignals, uninterrupted
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):
@@ -71,6 +71,28 @@ def test_an_interrupt_waits_for_files_that_belong_together(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_one_ctrl_c_that_arrives_twice_in_a_process_of_several_counts_once():
+    with StopSignals(repeats_within=60) as signals:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    assert signals.received == signal.SIGINT
+
+
+@posix
+def test_a_file_and_its_name_are_on_the_disk_before_the_next_is_written(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def call(*args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, call)
+    files.write_text(tmp_path / "file", "text")
+    assert calls == ["fsync", "replace", "fsync"]  # the content, then the folder
+
+
 LOCK = """
 import sys
 from common.files import lock_folder
@@ -88,9 +110,10 @@ def test_a_locked_folder_names_its_process_and_is_free_when_that_is_killed(tmp_p
         with pytest.raises(UserError, match=rf"in use by another run \(process {process.pid}\)"):
             files.lock_folder(tmp_path).__enter__()
         process.kill()
-    (tmp_path / ".last.123.tmp.pt").write_bytes(b"half")
+    (tmp_path / ".last.123.tmp.pt").write_bytes(b"half")  # of a save that was killed
+    (tmp_path / ".note").write_text("mine")
     with files.lock_folder(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [".lock", ".lock.pid"]
+        assert sorted(os.listdir(tmp_path)) == [".lock", ".lock.pid", ".note"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])

@@ -26,10 +26,12 @@ from PIL import Image
 
 import inference
 import train
+from common.distributed import World
 from common.errors import UserError
 from data import cache, decode
 from data.dataset import Dataset, Split
 from data.folder import load_folder, load_labelled
+from data.load import load_on_all_processes
 from data.pictures import prepare, read_picture
 from training.resolve import check_data_flags
 
@@ -98,12 +100,16 @@ def test_a_folder_of_odd_pictures_is_trained_on_and_resumed_with_the_same(
     assert "\nEpoch  7/7 " in complete("--resume", "--epochs", 7).out
     (folder / "disc" / "0.png").rename(folder / "disc" / "another name.png")
     complete("--resume", "--epochs", 8)  # the same pictures
-    (folder / "disc" / "2.png").unlink()
-    result = run(train.main, "--resume", "--epochs", 9)
-    assert result.status == 2
-    *notes, last = result.err.splitlines()
-    assert last.startswith("error: the images in my shapes are not those that the run in ")
-    assert any(note.startswith("note: the cache in ") for note in notes)
+    (folder / "disc").rename(folder / "zdisc")  # the last of the classes now
+    for gone in (None, folder / "disc" / "2.png"):
+        if gone:
+            (folder / "zdisc").rename(folder / "disc")
+            gone.unlink()
+        result = run(train.main, "--resume", "--epochs", 9)
+        assert result.status == 2
+        *notes, last = result.err.splitlines()
+        assert last.startswith("error: the images in my shapes are not those that the run in ")
+        assert any(note.startswith("note: the cache in ") for note in notes)
 
 
 def test_a_run_of_one_epoch_goes_on_with_its_cache_and_its_split_is_known(complete, run, tmp_path):
@@ -117,6 +123,7 @@ def test_a_run_of_one_epoch_goes_on_with_its_cache_and_its_split_is_known(comple
     infer = ("--mode", "onnx", "--data_dir", folder)
     result = run(inference.main, *infer)
     assert result.status == 0 and "not measured" not in result.err, result.err
+    assert not caches(folder)  # nor does an export leave one
     (folder / "disc" / "0.png").unlink()
     result = run(inference.main, *infer)
     assert "nothing is measured on validation images: the images in" in result.err
@@ -391,6 +398,16 @@ def test_the_cache_is_made_anew_where_anything_changes(shapes, tmp_path, capsys)
     assert "anew" not in capsys.readouterr().err
 
 
+def test_a_large_cache_is_written_and_checked_in_steps(shapes, monkeypatch, capsys):
+    expected = load_folder(shapes)
+    for path in caches(shapes):
+        path.unlink()
+    # 18 images, 4 at a time
+    monkeypatch.setattr(cache, "STEP_BYTES", 4 * expected.train.images[0].nbytes)
+    assert same_images(load_folder(shapes), expected)
+    assert same_images(load_folder(shapes), expected) and "note" not in capsys.readouterr().err
+
+
 def test_a_cache_of_another_version_or_half_written_is_made_anew(shapes, monkeypatch, capsys):
     first = load_folder(shapes)
     with monkeypatch.context() as patch:
@@ -490,6 +507,57 @@ def test_one_name_written_in_two_ways_is_one_class(shapes):
     assert data.class_names == ("caf\u00e9", "cross", "square") and sizes(data) == [9, 9, 9]
 
 
+def test_a_cache_stands_while_what_it_lacks_cannot_be_read(tmp_path, capsys):
+    place = cache.find_place(tmp_path, None, [])
+    files = ["there.png", "gone.png"]
+    (tmp_path / files[0]).touch()
+    images = np.zeros((1, 1, 8, 8), np.uint8)
+    answers = [7, "cannot be read: Permission denied"]
+    assert cache.save(place, answers, images, np.arange(1), 8, 1, wanted=True)
+    assert cache.load(place, tmp_path, files, 8, 1).answers == answers
+    assert capsys.readouterr().err == ""
+    (tmp_path / files[1]).touch()
+    assert cache.load(place, tmp_path, files, 8, 1) is None
+    assert "lacks images that could not be read" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_kept_after_all_ends_only_a_run_that_asked_for_it(
+    shapes, tmp_path, monkeypatch, capsys
+):
+    expected = load_folder(shapes)
+    for path in caches(shapes):
+        path.unlink()
+
+    def fail(place, *_):  # as in a folder with the sticky bit, whose cache is another user's
+        raise UserError(f"{place.array} cannot be written: Operation not permitted; try another")
+
+    monkeypatch.setattr(cache, "_write", fail)
+    assert same_images(load_folder(shapes), expected)
+    assert "Operation not permitted: the images are read anew by each" in capsys.readouterr().err
+    with pytest.raises(UserError, match="Operation not permitted"):
+        load_folder(shapes, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("differs", [None, 0, 2, 3])
+def test_processes_that_find_different_images_do_not_start(shapes, differs):
+    class Pair(World):
+        """This process, and what another one says: the same but at one place."""
+
+        def share(self, value):
+            return value
+
+        def gather(self, value):
+            theirs = value and tuple(None if i == differs else v for i, v in enumerate(value))
+            return [value, theirs]
+
+    if differs is None:
+        dataset = load_on_all_processes("folder", shapes, {}, Pair(0, 2))
+        assert same_images(dataset, load_folder(shapes))
+        return
+    with pytest.raises(UserError, match="changed while they were read: start again"):
+        load_on_all_processes("folder", shapes, {}, Pair(0, 2))
+
+
 def test_without_a_place_for_a_cache_the_images_stay_in_memory(shapes, tmp_path, capsys):
     expected = load_folder(shapes)
     array = next(path for path in caches(shapes) if path.suffix == ".npy")
@@ -537,6 +605,29 @@ def test_a_file_that_kills_its_reader_is_left_out(shapes, monkeypatch, capsys):
     monkeypatch.setattr(decode, "PROGRAM", "raise SystemExit(1)")
     with pytest.raises(RuntimeError, match="a process that reads images has ended"):
         load_folder(shapes, img_size=16)
+
+
+def test_readers_start_where_a_site_prints_or_limits_processes(shapes, tmp_path, monkeypatch):
+    expected = load_folder(shapes, keep=False)
+    assert not caches(shapes)
+    (tmp_path / "sitecustomize.py").write_text("print('Welcome to the cluster', end='')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    started, start = [], subprocess.Popen
+
+    def limited(*args, **kwargs):
+        if len(started) == allowed:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(start(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(decode.startup, "cores", lambda: 4)
+    monkeypatch.setattr(decode, "MAX_TOGETHER", 3)
+    monkeypatch.setattr(decode.subprocess, "Popen", limited)
+    allowed = 2
+    assert same_images(load_folder(shapes, keep=False), expected)
+    allowed = len(started)
+    with pytest.raises(UserError, match="no process to read images can be started: Resource"):
+        load_folder(shapes, keep=False)
 
 
 def test_a_file_that_could_not_be_opened_is_tried_again(shapes, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from common.errors import UserError
 from data.pictures import MAX_SIDE, has_image_name, prepare, read_picture
@@ -131,6 +131,22 @@ def test_what_is_transparent_becomes_white():
     palette.putpalette([9, 9, 9, 200, 0, 0])
     seen = prepare(through_file(palette, "GIF", transparency=1), 32, 3, "crop")
     assert seen.min() == 255
+
+
+def test_what_the_system_says_of_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    for path, reason in ((tmp_path / "file" / "x.png", "Not a directory"), (tmp_path, "Is a dir")):
+        with pytest.raises(UserError, match=f"picture cannot be read: {reason}"):
+            read_picture(str(path), "picture")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows_own(orientation):
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(NOISE[:20]).save(file, "PNG", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(file)))
+    assert np.array_equal(read_picture(file, "x")[0], expected)
 
 
 def test_a_picture_on_its_side_is_turned_as_its_file_says():

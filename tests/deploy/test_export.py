@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from shapes import draw_shape
 
 import inference
+from common.errors import UserError
 from data.digits import load_digits
 from data.folder import load_folder
 from data.load import load_dataset
@@ -319,6 +321,17 @@ def test_a_file_that_does_worse_is_not_written(
     assert_one_error_line(result, "old.onnx", "not written", *words.split())
     assert (tmp_path / "old.onnx").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["old.onnx"]
+
+
+def test_an_int8_file_may_do_better_than_pytorch_but_not_much_worse(checkpoint, monkeypatch):
+    monkeypatch.setattr(export, "LATENCY_CALLS", 1)
+    exported, val = export.export(*load_checkpoint(checkpoint)), load_digits().val
+    better = replace(exported, network=lambda x: -exported.file(x))
+    better.network.state_dict = exported.network.state_dict
+    assert "validation accuracy" in export.compare(better, "int8", "better.onnx", val)
+    worse = replace(exported, file=lambda x: -exported.file(x))
+    with pytest.raises(UserError, match=r"worse\.onnx in int8 has a validation accuracy of "):
+        export.compare(worse, "int8", "worse.onnx", val)
 
 
 def test_a_network_too_large_for_fp16_is_not_written(run, tmp_path, offline):

@@ -278,6 +278,18 @@ def test_a_data_dir_without_such_folders_is_of_no_use_to_a_set_without_files(
     assert_one_error_line(result, "--data_dir mine", "0, 1, 2", "need no files")
 
 
+def test_a_mistyped_data_dir_is_not_where_mnist_is_downloaded_to(infer, tmp_path, offline):
+    content = {"epoch": 1, "model_state_dict": ViT(depth=1).state_dict()}
+    torch.save({**content, "optimizer_state_dict": {}, "best_acc": 1.0}, tmp_path / "mnist.pt")
+    Image.new("L", (9, 9)).save(tmp_path / "loose.png")
+    (tmp_path / "one" / "too" / "0").mkdir(parents=True)
+    for place in ("my_photso", ".", "one"):
+        result = infer("evaluate", tmp_path / "mnist.pt", "--data_dir", place)
+        words = f"--data_dir {place} has no folder of pictures for any of 0, 1", "no file of MNIST"
+        assert_one_error_line(result, *words)
+    assert not (tmp_path / "my_photso").exists()
+
+
 def test_the_model_itself_is_not_written_over(infer, checkpoint, tmp_path):
     shutil.copy(checkpoint, tmp_path / "own.pt")
     before = (tmp_path / "own.pt").read_bytes()

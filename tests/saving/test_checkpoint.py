@@ -70,6 +70,13 @@ def test_heads_are_restored_from_the_configuration_in_every_format(tmp_path, tol
     assert config.items() <= read["model_config"].items()
 
 
+def test_formats_before_3_have_one_mean_for_all_channels(tmp_path):
+    told = {"format": 2, "normalization": {"mean": 0.2, "std": 0.3}}
+    save_checkpoint(tmp_path / "old.pt", {**published(ViT(depth=1)), **told})
+    pixels = load_checkpoint(tmp_path / "old.pt")[1]["normalization"]
+    assert pixels == {"mean": [0.2], "std": [0.3]}
+
+
 def test_a_checkpoint_of_a_later_format_asks_for_an_update(tmp_path):
     for later in (FORMAT + 1, "2"):
         save_checkpoint(tmp_path / "x.pt", {**published(ViT(depth=1)), "format": later})

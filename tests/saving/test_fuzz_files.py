@@ -99,7 +99,8 @@ REFUSED = {
         [name, *"123456789"] for name in ("\x1b[2J", "two\nlines", "x" * 200, ("ODD", "laughs"))
     ],
     "normalization/std": [0.0, float("nan")],
-    "normalization/mean": [1e300],
+    "normalization/mean": [1e300, [0.1, 0.2]],
+    "preparation": ["x", None, ["crop"]],
     "settings/label_smoothing": [5.0],
     "calibration": [None, {}, ("ODD", "laughs")],
     "calibration/temperature": [0.0, -1.0, float("nan"), float("inf"), ("ODD", "10**400")],

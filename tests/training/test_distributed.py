@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_DIGITS, assert_one_error_line, history, launch, read
+from conftest import TINY_DIGITS, assert_one_error_line, comparable, history, launch, read
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -20,7 +20,8 @@ from common.distributed import StopBroadcast, World
 from common.errors import UserError
 from data.augment import Augment
 from data.digits import load_digits
-from training.resume import load_last
+from settings import Options
+from training.resume import command_to_continue, load_last
 from utils import BatchLoader, make_loaders
 from vit_model import ViT
 
@@ -146,6 +147,34 @@ def test_checkpoints_move_between_one_and_two_processes_and_metrics_are_exact(
     complete("--resume", "--epochs", 4)
     together(2, here, "--resume", "--epochs", 5)
     assert [row["epoch"] for row in history()["epochs"]] == [1, 2, 3, 4, 5]
+
+
+def test_two_processes_that_stop_within_an_epoch_go_on_bit_for_bit(folder, together):
+    here = folder("two")
+    flags = "--train_samples 150 --batch_size 24 --epochs 2 --save_every_steps 4".split()
+    together(2, here, *TINY_DIGITS, *flags)
+    whole, rows = read(LAST), history()["epochs"]
+    # Each process draws its own masks.
+    first, second = (state["torch"] for state in whole["random"])
+    assert not torch.equal(first, second)
+    LAST.unlink()  # last.prev.pt is of the fourth step of epoch 2
+    together(2, here, "--resume")
+    assert "after 1 of 2 epochs and 4 steps" in Path("out0.txt").read_text()
+    again = read(LAST)
+    for key in ("raw_model_state_dict", "optimizer_state_dict", "random"):
+        assert comparable(again[key]) == comparable(whole[key]), key
+    for found, expected in zip(history()["epochs"], rows, strict=True):
+        for name in ("train_loss", "train_acc", "grad_norm", "val_loss", "val_acc"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-12), name
+
+
+def test_the_command_to_continue_starts_as_many_processes_again():
+    def command(*place: int) -> str:
+        return command_to_continue(Options(device="cpu"), LAST, World(*place))
+
+    assert " --nproc 2 train.py --resume checkpoints/last.pt --device cpu" in command(0, 2, 0, 2)
+    for place in ((0, 4, 0, 2), (0, 1, 0, 1)):  # of several machines, of one process
+        assert "--nproc" not in command(*place)
 
 
 def test_the_log_of_two_processes_has_the_losses_of_whole_batches(folder, together):

@@ -1,6 +1,7 @@
 """The loss of a step: class weights and soft targets, in parts and in several processes."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from data.dataset import Batch
 from data.digits import load_digits
 from data.mix import Mix
 from saving.checkpoint import load_checkpoint
-from train import forward_backward
+from train import forward_backward, take_step
 from utils import class_weights, evaluate, make_loaders
 
 SMOOTHING = 0.1
@@ -89,6 +90,24 @@ def test_a_steps_loss_is_that_of_the_whole_batch(mixed, weighted, parts):
     check_step(mixed, weighted, parts)
 
 
+def check_closure(world: World) -> None:
+    """LBFGS decides by the loss of the whole batch: the same in all processes."""
+    losses = []
+
+    class Seen(torch.optim.LBFGS):
+        def step(self, closure):
+            losses.append(closure().item())
+
+    batch, _ = a_batch(mixed=False)
+    ours = [part.tensor_split(world.size)[world.rank] for part in batch[:3]]
+    model, criterion = tiny_vit(), criterion_of(None)
+    optimizer, network = Seen(model.parameters()), world.wrap(model)
+    gradients = partial(forward_backward, network, criterion, optimizer, world=world)
+    take_step(optimizer, gradients, Batch(*ours, 23), world)
+    expected = criterion(tiny_vit()(batch.images), batch.labels).item()
+    assert world.gather(losses) == [[pytest.approx(expected)]] * world.size
+
+
 def step_together(rank: int, store: str) -> None:
     """One of two processes, in which the rare classes are not spread evenly."""
     torch.distributed.init_process_group(
@@ -99,6 +118,7 @@ def step_together(rank: int, store: str) -> None:
         for weighted in (False, True):
             for parts in (1, 3):
                 check_step(mixed, weighted, parts, world)
+    check_closure(world)
     torch.distributed.destroy_process_group()
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_DIGITS, assert_one_error_line, history, posix, read
+from conftest import ROOT, TINY_DIGITS, assert_one_error_line, comparable, history, posix, read
 
 import train
-from common.files import lock_folder
 from saving.checkpoint import load_checkpoint, save_checkpoint
 from training import resume
 from training.resolve import check_data_flags
+from training.run import Run
 from utils import BatchLoader
 
 # 6 steps an epoch.
@@ -28,16 +28,6 @@ LAST, BEST = Path("checkpoints/last.pt"), Path("checkpoints/best_model.pt")
 PREVIOUS = LAST.with_name("last.prev.pt")
 # For a last.pt that was put somewhere else.
 HERE = ("--output_dir", "outputs", "--todo_path", "TODO.md")
-
-
-def comparable(value):
-    """What a checkpoint holds, to the last bit; times aside."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.reshape(-1).view(torch.uint8).numpy().tobytes()
-    if isinstance(value, dict):
-        times = ("seconds", "images_per_second", "finished")
-        return {key: comparable(each) for key, each in value.items() if key not in times}
-    return [comparable(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
@@ -151,6 +141,7 @@ def test_ctrl_c_in_a_save_stops_in_good_order(run, complete, folder, monkeypatch
 
     def interrupted(*args, **kwargs) -> None:
         signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # even if pressed twice
         original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -261,11 +252,23 @@ def test_two_runs_in_one_folder_are_refused_until_the_first_is_gone(start, run, 
     complete(*TINY, "--epochs", 1)
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path):
-    (tmp_path / ".last.123.tmp.pt").write_bytes(b"half")
-    (tmp_path / ".note").write_text("mine")
-    with lock_folder(tmp_path):
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock.pid", ".note"]
+def test_the_save_before_is_never_that_of_an_earlier_run(complete, folder):
+    folder("run")
+    complete(*TINY, "--epochs", 2)
+    assert PREVIOUS.exists()
+    complete(*TINY, "--epochs", 1)  # which saves once
+    assert not PREVIOUS.exists()
+
+
+@posix
+def test_a_signal_that_nohup_ignores_stays_ignored(complete, folder, at_step):
+    folder("run")
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at_step(3, lambda: signal.raise_signal(signal.SIGHUP))
+        complete(*TINY, "--epochs", 1)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_a_damaged_save_is_told_by_its_checksum_and_the_one_before_serves(run, complete, folder):
@@ -293,10 +296,8 @@ def test_a_damaged_save_is_told_by_its_checksum_and_the_one_before_serves(run, c
 # ------------------------------------------------------------------------------------- bad numbers
 
 
-def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_kept(
-    run, complete, folder, monkeypatch
-):
-    folder("run")
+def poison(monkeypatch) -> None:
+    """An image of step 3 of epoch 2 is infinite."""
     original = BatchLoader._batch
 
     def poisoned(self, epoch, number, rank, batch):
@@ -306,6 +307,13 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_kept(
         return images, labels
 
     monkeypatch.setattr(BatchLoader, "_batch", poisoned)
+
+
+def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_kept(
+    run, complete, folder, monkeypatch
+):
+    folder("run")
+    poison(monkeypatch)
     result = run(train.main, *TINY, "--scheduler_interval", "step")
     words = "step 3 of epoch 2", "loss nan", "lr 0.00075", "nonfinite.pt"
     words += ("train.py --resume checkpoints/last.pt", " --on_nonfinite skip")
@@ -324,6 +332,33 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_kept(
     rates = 1e-3 * (1 + np.cos(np.pi * np.arange(24) / 24)) / 2
     means = rates.reshape(4, 6).mean(axis=1)
     assert [row["lr"]["all parameters"] for row in rows] == pytest.approx(means.tolist())
+
+
+@posix
+def test_an_epoch_with_a_skipped_step_goes_on_bit_for_bit(
+    run, complete, folder, at_step, monkeypatch
+):
+    poison(monkeypatch)
+    flags = [*TINY, "--on_nonfinite", "skip"]
+    reference = folder("reference")
+    complete(*flags)
+    here = folder("stopped")
+    at_step(11, lambda: signal.raise_signal(signal.SIGTERM))  # after the skipped one
+    assert run(train.main, *flags).status == 143
+    complete("--resume")
+    assert history()["epochs"][1]["skipped_steps"] == [3]
+    assert_same_run(here, reference)
+
+
+@pytest.mark.parametrize("flags", [[], ["--save_every_steps", 4]])
+def test_a_bad_step_that_is_known_later_as_on_a_gpu_is_never_saved(run, folder, monkeypatch, flags):
+    poison(monkeypatch)
+    monkeypatch.setattr(Run, "_asks_later", property(lambda _: True, lambda *_: None), False)
+    folder("run")
+    assert_one_error_line(run(train.main, *TINY, *flags), "step 3 of epoch 2 is not finite")
+    assert read(LAST)["position"] | {"totals": None} == {"epoch": 1, "step": 0, "totals": None}
+    weights = read("checkpoints/nonfinite.pt")["model_state_dict"]
+    assert read("checkpoints/nonfinite.pt")["step"] == 3 and weights
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -521,6 +556,19 @@ def test_the_random_generator_is_put_back():
     assert not torch.equal(torch.rand(3), then)
     resume.set_random_state(state, torch.device("cpu"))
     assert torch.equal(torch.rand(3), then)
+
+
+@posix
+def test_a_best_model_lost_within_an_epoch_is_not_made_up(run, complete, folder, at_step):
+    folder("run")
+    at_step(9, lambda: signal.raise_signal(signal.SIGTERM))
+    run(train.main, *TINY)
+    BEST.unlink()
+    at_step(1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert "WARNING: the best model so far" in run(train.main, "--resume").err
+    assert not BEST.exists()  # no weights of mid-epoch under the accuracy of others
+    complete("--resume")
+    assert load_checkpoint(BEST)[1]["epoch"] >= 2
 
 
 def test_a_lost_best_model_is_said_and_replaced(complete, folder):
