@@ -53,15 +53,15 @@ class PatchEmbed(nn.Module):
 def random_words(n: int) -> Tensor:
     """n random 32-bit integers, by all threads: PyTorch's own generator draws on one at a time.
 
-    That generator gives a first number and an odd step. Each number that follows is mixed by
-    itself: shifts bring its high bits down, products its low bits up. All values of a byte are
-    equally likely to 0.1 %.
+    That generator gives a first number and a step. Each number that follows is mixed by itself:
+    shifts bring its high bits down, products its low bits up. They are even at first: a shift
+    copies the sign, and would make the same of a number and its complement, which is odd.
 
     Source: Steele et al., "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014), with the
-    shifts and factors of MurmurHash3.
+    factors of MurmurHash3.
     """
-    first, step = torch.empty(2, dtype=torch.int32).random_(-(2**31), None)
-    words = torch.arange(n, dtype=torch.int32).mul_(step | 1).add_(first)
+    first, step = 2 * torch.empty(2, dtype=torch.int32).random_(-(2**31), None)
+    words = torch.arange(n, dtype=torch.int32).mul_(step | 2).add_(first)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         words ^= words >> shift
         words *= factor - 2**32  # as int32

@@ -210,6 +210,12 @@ def test_random_words_are_spread_evenly_and_the_same_with_any_number_of_threads(
         torch.set_num_threads(threads)
 
 
+def test_random_words_around_0_are_no_mirror_image(monkeypatch):
+    drawn = torch.tensor([-500, 1], dtype=torch.int32)
+    monkeypatch.setattr(torch.Tensor, "random_", lambda self, *_: self.copy_(drawn))
+    assert len(random_words(1000).unique()) == 1000
+
+
 def test_dropout_is_unbiased_in_bf16_too():
     torch.manual_seed(0)
     x = torch.rand(1000, 1000).add(0.5).bfloat16()
