@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import PeerLostError, Stopped, UserError
 
 STORE = "VIT_MNIST_STORE"  # names a file where the processes of one machine find each other
-PATIENCE = timedelta(days=1)  # one may read a large folder, or download, while the others wait
+PATIENCE = timedelta(hours=3)  # one may read a large folder, or download, while the others wait
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,9 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         file = os.environ.get(STORE)
         store = dist.FileStore(file, world.size) if file else None  # None: a server, as torchrun's
-        place = {"store": store, "rank": world.rank, "world_size": world.size}
-        dist.init_process_group(backends, **place, timeout=PATIENCE)
+        dist.init_process_group(
+            backends, PATIENCE, store=store, rank=world.rank, world_size=world.size
+        )
         try:
             if world.leads:
                 yield

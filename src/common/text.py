@@ -13,8 +13,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def whole(text: str) -> str:
-    """The text with "\ufffd" for the bytes of a file's name that are no text."""
+def without_surrogates(text: str) -> str:
+    """The text with "\ufffd" for the bytes of a file's name that aren't valid."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 

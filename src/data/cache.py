@@ -48,6 +48,7 @@ class Place(NamedTuple):
     folder: Path
     prefix: str  # of the names of all caches of the folder of images
     key: str
+    wanted: bool  # someone named this place
 
     @property
     def array(self) -> Path:
@@ -71,30 +72,30 @@ def find_place(data_dir: Path, cache_dir: str | Path | None, depends_on: Any) ->
     """
     key = _hash(json.dumps(depends_on).encode())
     if cache_dir is None:
-        return Place(data_dir, ".vit-cache-", key)
+        return Place(data_dir, ".vit-cache-", key, wanted=False)
     whose = _hash(os.fsencode(data_dir.resolve()))  # several folders may have theirs there
-    return Place(Path(cache_dir), f"vit-cache-{whose}-", key)
+    return Place(Path(cache_dir), f"vit-cache-{whose}-", key, wanted=True)
 
 
 def _hash(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def can_write(place: Place, *, wanted: bool) -> bool:
+def can_write(place: Place) -> bool:
     """Whether a cache can be written. Raises UserError if not, and it is `wanted` there."""
-    with _saving(wanted):
+    with _saving(place):
         check_writable(place.array)
         return True
     return False
 
 
 @contextmanager
-def _saving(wanted: bool) -> Iterator[None]:
+def _saving(place: Place) -> Iterator[None]:
     """A note on stderr is enough if a cache can't be written, unless it is `wanted`."""
     try:
         yield
     except UserError as error:
-        if wanted:
+        if place.wanted:
             raise
         reason = str(error).partition(";")[0]
         print(
@@ -242,8 +243,6 @@ def save(
     order: np.ndarray,
     img_size: int | None,
     in_chans: int | None,
-    *,
-    wanted: bool,
 ) -> bool:
     """Write a cache, and remove the others of the same folder of images; whether that was done.
     Raises UserError if not, and it is `wanted` there.
@@ -252,7 +251,7 @@ def save(
         images: (n, C, S, S), of which those at `order` are written.
         img_size, in_chans: what was asked for, see `load`.
     """
-    with _saving(wanted):
+    with _saving(place):
         _write(place, answers, images, order, [img_size, in_chans])
         return True
     return False
@@ -275,7 +274,11 @@ def _write(
             file.write(part)
     index = {"version": VERSION, "crc32": checksum, "sizes": sizes}
     text = json.dumps({**index, "answers": answers})
-    write_text(place.index, f"{zlib.crc32(text.encode()):08x}\n{text}")
+    try:
+        write_text(place.index, f"{zlib.crc32(text.encode()):08x}\n{text}")
+    except UserError:
+        place.array.unlink(missing_ok=True)  # of no use alone
+        raise
     now = time.time()
     unfinished = place.folder.glob(f".{place.prefix}*.tmp.*")  # as atomic_write calls them
     with suppress(OSError):  # in use, on Windows

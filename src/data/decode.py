@@ -33,7 +33,7 @@ MAX_TOGETHER, BYTES_TOGETHER = 64, 2**20  # files, and their pixels, for which a
 SRC = Path(__file__).resolve().parents[1]
 # How the reasons begin that lie in a file itself, unless its reader was killed.
 LASTING = ("cannot be read: damaged", "is too large", "is too small", "ended the process")
-READY = b"ready\n"  # the first line that a reader's answers follow
+READY = b"ready\n"  # what a reader prints before its first answer
 KILLED = "(status -9)"  # by the system, as where memory is short
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from data import decode; decode.serve()"
 
@@ -89,7 +89,7 @@ def decode_files(paths: Sequence[str], **how: Any) -> Iterator[Picture | str]:
     together = max(1, min(MAX_TOGETHER, together))
     parts = [paths[i : i + together] for i in range(0, len(paths), together)]
     readers = _start_readers(min(startup.cores(), len(parts)), how)
-    idle = list(readers)
+    idle, ahead = list(readers), deque()
 
     def read(part: Sequence[str]) -> list[Picture | str]:
         reader = idle.pop()  # there are as many threads as readers
@@ -100,7 +100,7 @@ def decode_files(paths: Sequence[str], **how: Any) -> Iterator[Picture | str]:
     with ThreadPoolExecutor(max(1, len(readers))) as pool:
         try:
             tasks = iter(parts)
-            ahead = deque(pool.submit(read, part) for part in islice(tasks, 4 * len(readers)))
+            ahead.extend(pool.submit(read, part) for part in islice(tasks, 4 * len(readers)))
             while ahead:
                 yield from ahead.popleft().result()
                 ahead.extend(pool.submit(read, part) for part in islice(tasks, 1))
@@ -112,15 +112,18 @@ def decode_files(paths: Sequence[str], **how: Any) -> Iterator[Picture | str]:
 
 
 def _start_readers(count: int, how: dict[str, Any]) -> list["_Reader"]:
-    """So many readers, or as many as the system allows. Raises UserError if it allows none."""
+    """So many readers, or half as many as the system allows, which leaves room for their threads.
+    Raises UserError if it allows none.
+    """
     readers = []
     for _ in range(count):
         try:
             readers.append(_Reader(how))
-        except OSError as error:
+        except UserError:
             if not readers:
-                reason = error.strerror or error
-                raise UserError(f"no process to read images can be started: {reason}") from None
+                raise
+            for _ in range(len(readers) // 2):
+                readers.pop().stop()
             break
     return readers
 
@@ -133,15 +136,20 @@ class _Reader:
         self._start()
 
     def _start(self) -> None:
+        """Raises UserError if the system allows no other process."""
         self._ready = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM, str(SRC)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # Ctrl-C in a terminal is for the process that started it.
-            process_group=None if os.name == "nt" else 0,
-            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", PROGRAM, str(SRC)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # Ctrl-C in a terminal is for the process that started it.
+                process_group=None if os.name == "nt" else 0,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"no process to read images can be started: {reason}") from None
 
     def read(self, paths: Sequence[str]) -> list[Picture | str]:
         try:

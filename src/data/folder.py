@@ -89,11 +89,11 @@ def load_folder(
     how = {"img_size": img_size, "in_chans": in_chans, "resize": resize}
     files = [(file.path, file.size, file.mtime_ns) for file in listing.files]
     place = cache.find_place(listing.folder, cache_dir, [resize, shares, files])
-    names, wanted = [file.path for file in listing.files], cache_dir is not None
+    names = [file.path for file in listing.files]
     cached = cache.load(place, listing.folder, names, img_size, in_chans)
     if cached is None:
-        kept = keep and cache.can_write(place, wanted=wanted)
-        cached = _read_all(listing, place if kept else None, shares, how, wanted=wanted)
+        kept = keep and cache.can_write(place)
+        cached = _read_all(listing, place if kept else None, shares, how)
     else:
         _tell_refused(listing, cached.answers)
     arrangement = _arrange(listing, cached.answers, shares)
@@ -294,16 +294,9 @@ def _counts(total: int, shares: list[float]) -> list[int]:
 
 
 def _read_all(
-    listing: Listing,
-    place: cache.Place | None,
-    shares: list[float],
-    how: Mapping[str, Any],
-    *,
-    wanted: bool,
+    listing: Listing, place: cache.Place | None, shares: list[float], how: Mapping[str, Any]
 ) -> cache.Cached:
-    """Decode all images, into a cache or, without a place for it, into memory. Raises UserError if
-    the cache can't be written and is `wanted`.
-    """
+    """Decode all images, into a cache or, without a place for it, into memory."""
     sample = listing.files[:: 1 + len(listing.files) // SAMPLE]
     paths = [listing.folder / file.path for file in sample]
     guess = how["img_size"] or _choose_side([size for size in map(stored_size, paths) if size])
@@ -318,7 +311,7 @@ def _read_all(
         order = np.cumsum([isinstance(answer, int) for answer in answers])[order] - 1
         images = spool.images(how["in_chans"] or 3, side, side)[:, :in_chans]
         asked = how["img_size"], how["in_chans"]
-        if place is None or not cache.save(place, answers, images, order, *asked, wanted=wanted):
+        if place is None or not cache.save(place, answers, images, order, *asked):
             return cache.Cached(answers, np.ascontiguousarray(images[order]))
     try:
         images = np.lib.format.open_memmap(place.array, mode="c")

@@ -16,8 +16,8 @@ PARTS = ("train", "val", "test")
 PART_NAMES = {"train": "train", "val": "val", "valid": "val", "test": "test"}  # of folders
 MAX_NAME = 100  # characters of a class's name; a checkpoint takes no longer ones
 # Left by systems in any folder; so are hidden files, such as .DS_Store.
-LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}
-LITTER |= {"lost+found", "System Volume Information", "$RECYCLE.BIN"}  # in the root of a volume
+LITTER = {"__macosx", "thumbs.db", "desktop.ini"}
+LITTER |= {"lost+found", "system volume information", "$recycle.bin"}  # in the root of a volume
 
 
 class ImageFile(NamedTuple):
@@ -119,7 +119,7 @@ def _look_into(path: Path) -> tuple[list[str], dict[str, os.stat_result | None]]
     try:
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name in LITTER:
+                if entry.name.startswith(".") or entry.name.lower() in LITTER:
                     continue
                 about = None
                 with suppress(OSError):  # a link to nothing, or to itself

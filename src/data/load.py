@@ -73,17 +73,35 @@ def load_on_all_processes(
     name: str, data_dir: str | Path | None, folder: Mapping[str, Any], world: World
 ) -> Dataset:
     """`load_dataset`, the same in all processes; one on each machine downloads it. Raises UserError
-    if they found different images.
+    in all of them if one can't load it, or they found different images.
     """
+
+    def load() -> Dataset | str:
+        try:
+            return load_dataset(name, data_dir, folder)
+        except UserError as error:
+            return str(error)
+
     dataset = load_dataset(name, data_dir, folder) if world.leads else None
     name = world.share(dataset and dataset.source)
     if world.rank and world.local_rank == 0:
-        dataset = load_dataset(name, data_dir, folder)
+        dataset = load()
     world.gather(None)  # by now it is on every machine
-    dataset = dataset or load_dataset(name, data_dir, folder)
-    marks = [dataset.trained_on, dataset.tested_on]
-    marks = [None if mark is None else zlib.crc32(mark.numpy()) for mark in marks]
-    found = world.gather((dataset.class_names, dataset.image_shape, *marks))
-    if any(each != found[0] for each in found):
-        raise UserError(f"the images in {data_dir} changed while they were read: start again")
+    dataset = dataset or load()
+    found = world.gather(dataset if isinstance(dataset, str) else _marks(dataset))
+    for each in found:
+        if isinstance(each, str):
+            raise UserError(each)
+        if each != found[0]:
+            raise UserError(
+                f"the processes found different images in {data_dir}: give all the same, and leave "
+                "them as they are while they are read"
+            )
     return dataset
+
+
+def _marks(dataset: Dataset) -> tuple[Any, ...]:
+    """What tells a data set from another."""
+    marks = [split.labels for split in (dataset.train, dataset.val, dataset.test)]
+    marks += [mark for mark in (dataset.trained_on, dataset.tested_on) if mark is not None]
+    return dataset.class_names, dataset.image_shape, *(zlib.crc32(mark.numpy()) for mark in marks)

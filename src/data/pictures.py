@@ -3,6 +3,7 @@
 Needs no PyTorch, so that the processes that read a folder start quickly.
 """
 
+import errno
 import os
 import warnings
 from contextlib import suppress
@@ -77,7 +78,8 @@ def read_picture(
     except (MemoryError, UserError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever comes on damaged files
-        if isinstance(error, OSError) and error.errno:  # the system's, not Pillow's
+        # The system's, not Pillow's; a damaged file can lead to a place that there isn't.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UserError(f"{what} cannot be read: {error.strerror}") from None
         raise UserError(
             f"{what} cannot be read: damaged, or none of {', '.join(FORMATS)}; "

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from analysis.words import PICTURE, Words
-from common.text import printable, whole
+from common.text import printable, without_surrogates
 
 SHOWN = 3  # classes that a picture's line names, the likeliest
 
@@ -34,7 +34,7 @@ def as_text(result: dict[str, Any], words: Words) -> str:
             likeliest = sorted(row["probabilities"].items(), key=lambda each: -each[1])[:SHOWN]
             shown = ", ".join(share(*each) for each in likeliest)
             shown += f": {words.strange}" if row[words.strange_key] else ""
-        lines.append(f"{printable(whole(row['image']))}: {shown}\n")
+        lines.append(f"{printable(without_surrogates(row['image']))}: {shown}\n")
     return "".join(lines)
 
 
@@ -72,7 +72,7 @@ FORMATS = {"text": as_text, "json": as_json, "csv": as_csv}
 
 def show(result: dict[str, Any], form: str, words: Words) -> bool:
     """Print the answers to stdout and the errors to stderr. Returns whether all were read."""
-    print(whole(FORMATS[form](result, words)), end="", flush=True)
+    print(without_surrogates(FORMATS[form](result, words)), end="", flush=True)
     errors = [row["error"] for row in result["images"] if "error" in row]
     for error in errors:
         print(f"error: {error}", file=sys.stderr)

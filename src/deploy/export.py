@@ -131,10 +131,11 @@ def to_int8(model: onnx.ModelProto, batches: Iterator[Tensor]) -> onnx.ModelProt
         batches: of images (n, C, S, S), as the network takes them, for the activations' ranges.
     """
 
+    inputs = ({"input": batch.numpy()} for batch in batches)
+
     class Batches(CalibrationDataReader):
         def get_next(self) -> dict[str, Any] | None:
-            batch = next(batches, None)
-            return batch if batch is None else {"input": batch.numpy()}
+            return next(inputs, None)
 
     weights = {tensor.name for tensor in model.graph.initializer}
     attention = [
@@ -199,8 +200,8 @@ class Exported:
     image_shape: tuple[int, int, int]
 
     @property
-    def batches(self) -> tuple[int, int, int]:
-        """Sizes of batches to compare the two on; large images need much memory."""
+    def batch_sizes(self) -> tuple[int, int, int]:
+        """Of the batches to compare the two on; large images need much memory."""
         return 1, 7, min(128, 7 + images_at_once(self.image_shape[-1]))
 
     def random_images(self, batch: int) -> Tensor:
@@ -209,7 +210,7 @@ class Exported:
     @torch.inference_mode()
     def largest_difference(self) -> float:
         """Of an output from PyTorch's, over batches of random images."""
-        batches = [self.random_images(batch) for batch in self.batches]
+        batches = [self.random_images(batch) for batch in self.batch_sizes]
         differences = [(self.file(x) - self.network(x)).abs().max() for x in batches]
         return float(torch.stack(differences).max())  # NaN if there is one
 
@@ -267,7 +268,8 @@ def export(
         if precision == "fp16":
             exported = to_half(exported)
         if precision == "int8":
-            exported = to_int8(exported, map(prepare, int8_images.split(100)))
+            parts = int8_images.split(min(100, images_at_once(shape[-1])))
+            exported = to_int8(exported, map(prepare, parts))
         content = to_bytes(exported, metadata)
         file = onnx_session(content)
     return Exported(content, file, network, prepare, shape)
@@ -289,7 +291,7 @@ def compare(exported: Exported, precision: str, name: str, val: Split | None) ->
     notes = []
     if precision in TOLERANCE:
         difference = exported.largest_difference()
-        few, some, many = exported.batches
+        few, some, many = exported.batch_sizes
         batches = f"batches of {few}, {some} and {many}"
         notes += [f"largest difference from PyTorch on {batches}: {difference:.1e}"]
         if not difference <= TOLERANCE[precision]:

@@ -513,7 +513,7 @@ def test_a_cache_stands_while_what_it_lacks_cannot_be_read(tmp_path, capsys):
     (tmp_path / files[0]).touch()
     images = np.zeros((1, 1, 8, 8), np.uint8)
     answers = [7, "cannot be read: Permission denied"]
-    assert cache.save(place, answers, images, np.arange(1), 8, 1, wanted=True)
+    assert cache.save(place, answers, images, np.arange(1), 8, 1)
     assert cache.load(place, tmp_path, files, 8, 1).answers == answers
     assert capsys.readouterr().err == ""
     (tmp_path / files[1]).touch()
@@ -538,24 +538,28 @@ def test_a_cache_that_cannot_be_kept_after_all_ends_only_a_run_that_asked_for_it
         load_folder(shapes, cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("differs", [None, 0, 2, 3])
-def test_processes_that_find_different_images_do_not_start(shapes, differs):
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("differs", [None, "fails", *range(7)])
+def test_processes_that_find_different_images_do_not_start(shapes, differs, rank):
     class Pair(World):
-        """This process, and what another one says: the same but at one place."""
+        """This process, and what another one says: the same but at one place, or an error."""
 
         def share(self, value):
-            return value
+            return "folder"
 
         def gather(self, value):
             theirs = value and tuple(None if i == differs else v for i, v in enumerate(value))
-            return [value, theirs]
+            theirs = "a file cannot be read" if value and differs == "fails" else theirs
+            return [value, theirs][:: 1 - 2 * rank]
 
+    world = Pair(rank, 2, rank)
     if differs is None:
-        dataset = load_on_all_processes("folder", shapes, {}, Pair(0, 2))
+        dataset = load_on_all_processes("folder", shapes, {}, world)
         assert same_images(dataset, load_folder(shapes))
         return
-    with pytest.raises(UserError, match="changed while they were read: start again"):
-        load_on_all_processes("folder", shapes, {}, Pair(0, 2))
+    told = "a file cannot be read" if differs == "fails" else "found different images in "
+    with pytest.raises(UserError, match=told):
+        load_on_all_processes("folder", shapes, {}, world)
 
 
 def test_without_a_place_for_a_cache_the_images_stay_in_memory(shapes, tmp_path, capsys):
@@ -610,7 +614,9 @@ def test_a_file_that_kills_its_reader_is_left_out(shapes, monkeypatch, capsys):
 def test_readers_start_where_a_site_prints_or_limits_processes(shapes, tmp_path, monkeypatch):
     expected = load_folder(shapes, keep=False)
     assert not caches(shapes)
-    (tmp_path / "sitecustomize.py").write_text("print('Welcome to the cluster', end='')")
+    (tmp_path / "sitecustomize.py").write_text(
+        "print('Welcome to the cluster', end='', flush=True)"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     started, start = [], subprocess.Popen
 
