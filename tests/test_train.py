@@ -219,7 +219,11 @@ def test_gradients_are_clipped_to_the_norm_asked_for_and_reported_as_they_were(c
             *("--optimizer", "LBFGS(lr=0.3, max_iter=5)", "--scheduler", "plateau"),
             *("--batch_size=500", "--dropout=0", "--precision=fp32"),
         ],
-        ["--optimizer", "lamb(adam_w_mode=False)", "--scheduler", "CosineDecayLR"],
+        # At this rate it learns less in four epochs than dropout masks change the loss.
+        [
+            *("--optimizer", "lamb(adam_w_mode=False)", "--scheduler", "CosineDecayLR"),
+            "--dropout=0",
+        ],
     ],
 )
 def test_optimizers_and_schedules_train_from_the_command_line(complete, flags):
