@@ -347,7 +347,7 @@ def read_pictures(task: Task) -> None:
     about = {name: task.checkpoint[name] for name in ("dataset", "class_names")}
     result = {"checkpoint": task.args.checkpoint, **about, "images": answers}
     some_read = any("prediction" in row for row in answers)
-    if some_read:
+    if some_read:  # first, for whoever reads stdout may stop reading
         write_json(task.args.output, result)
     if show(result, task.args.format, words):
         return

@@ -165,8 +165,9 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         file = os.environ.get(STORE)
         store = dist.FileStore(file, world.size) if file else None  # None: a server, as torchrun's
-        place = {"store": store, "rank": world.rank, "world_size": world.size}
-        dist.init_process_group(backends, timeout=PATIENCE, **place)
+        dist.init_process_group(
+            backends, timeout=PATIENCE, store=store, rank=world.rank, world_size=world.size
+        )
         try:
             if world.leads:
                 yield

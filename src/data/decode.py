@@ -33,8 +33,8 @@ MAX_TOGETHER, BYTES_TOGETHER = 64, 2**20  # files, and their pixels, for which a
 SRC = Path(__file__).resolve().parents[1]
 # How the reasons begin that lie in a file itself, unless its reader was killed.
 LASTING = ("cannot be read: damaged", "is too large", "is too small", "ended the process")
-READY = b"ready\n"  # what a reader prints before its first answer
 KILLED = "(status -9)"  # by the system, as where memory is short
+READY = b"ready\n"  # what a reader prints before its first answer
 PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from data import decode; decode.serve()"
 
 
